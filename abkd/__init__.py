@@ -1,0 +1,47 @@
+"""abkd: distillation of language models with the alpha-beta-divergence. This is the catalogue of public names.
+
+Names load on first use, so that `import abkd` and the command line do not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from abkd.divergences import AlphaBeta, ForwardKL, ReverseKL, alpha_beta, forward_kl, reverse_kl
+    from abkd.errors import InputError
+    from abkd.objective import Objective
+    from abkd.teachers.in_process import InProcessTeacher
+    from abkd.trainer import DistillationTrainer
+
+_HOMES = {
+    "AlphaBeta": "abkd.divergences",
+    "DistillationTrainer": "abkd.trainer",
+    "ForwardKL": "abkd.divergences",
+    "InProcessTeacher": "abkd.teachers.in_process",
+    "InputError": "abkd.errors",
+    "Objective": "abkd.objective",
+    "ReverseKL": "abkd.divergences",
+    "alpha_beta": "abkd.divergences",
+    "forward_kl": "abkd.divergences",
+    "reverse_kl": "abkd.divergences",
+}
+
+__all__ = [
+    "AlphaBeta",
+    "DistillationTrainer",
+    "ForwardKL",
+    "InProcessTeacher",
+    "InputError",
+    "Objective",
+    "ReverseKL",
+    "alpha_beta",
+    "forward_kl",
+    "reverse_kl",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'abkd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Analysis: where the probability mass went. Numbers in `mass`, drawings in `plots`."""

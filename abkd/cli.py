@@ -1,0 +1,164 @@
+"""The command line. Exit codes: 0 done, 2 the user's mistake, 1 ours, 130 interrupted.
+
+Only config and errors are imported at the top: `abkd --help` and a recipe's mistakes never wait for torch.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from abkd.config import RECIPES, parse_recipe, read_recipe, recipe_names
+from abkd.errors import InputError
+from abkd.rundir import RECIPE, RunDir
+
+DONE, USERS_MISTAKE, INTERRUPTED = 0, 2, 130
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except InputError as error:
+        for line in str(error).splitlines():
+            print(f"abkd: {line}", file=sys.stderr)
+        return USERS_MISTAKE
+    except KeyboardInterrupt:
+        print("\nabkd: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="abkd", description="Distil language models with the alpha-beta-divergence.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        return command
+
+    def add_recipe(command: argparse.ArgumentParser) -> None:
+        command.add_argument("recipe", help="a shipped recipe's name, or the path of a YAML file")
+        add_overrides(command)
+
+    def add_overrides(command: argparse.ArgumentParser) -> None:
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="as in training.learning_rate=1e-4")
+
+    add_recipe(add("train", _train, "train a student as a recipe says, and measure it before and after"))
+    add_recipe(add("check", _check, "check a recipe, its models and every row of its data, without running it"))
+    evaluate = add("eval", _eval, "measure a run's student, or any model, against a recipe's teacher and data")
+    evaluate.add_argument("target", metavar="RUN_OR_MODEL", help="the folder of a run or of a model, or a hub id")
+    evaluate.add_argument("--recipe", help="where the target is a model: the recipe that names teacher and data")
+    evaluate.add_argument("--json", action="store_true", help="print the measures as JSON, answers included")
+    add_overrides(evaluate)
+    recipes = add("recipes", _recipes, "list the shipped recipes, or print one")
+    recipes.add_argument("name", nargs="?", help="print this recipe")
+    demo = add("demo", _demo, "distil a real small language model under three divergences and compare them")
+    demo.add_argument("--quick", action="store_true", help="a few steps only, to see that everything works")
+    add_overrides(demo)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    recipe = read_recipe(options.recipe, options.overrides)
+    from abkd.inputs import check_inputs
+
+    inputs = check_inputs(recipe)
+    _say("loading torch and transformers")
+    _quieten_libraries()
+    from abkd.analysis.table import print_table
+    from abkd.run import train
+
+    results = train(recipe, inputs, _say)
+    if results is None:
+        return _interrupted(recipe.run_dir)
+    print_table({"teacher": results["teacher"], "student before": results["before"], "student after": results["after"]})
+    run_dir = RunDir(Path(recipe.run_dir))
+    _say(f"the student is in {run_dir.student}, all figures are in {run_dir.path}")
+    return DONE
+
+
+def _check(options: argparse.Namespace) -> int:
+    recipe = read_recipe(options.recipe, options.overrides)
+    from abkd.inputs import check_inputs
+
+    inputs = check_inputs(recipe)
+    print(recipe.to_yaml(), end="")
+    for model in inputs.models:
+        _say(model)
+    _say(f"data: {len(inputs.train):,} rows to train on, {len(inputs.validation):,} to validate with; all well-formed")
+    _say("the recipe is valid; prompt lengths and vocabularies are checked when the tokenizer is loaded")
+    return DONE
+
+
+def _eval(options: argparse.Namespace) -> int:
+    run_dir = RunDir(Path(options.target))
+    if (run_dir.path / RECIPE).exists():
+        if not run_dir.student.exists():
+            raise InputError(f"target: {options.target!r} has no student yet; finish it with resume=true")
+        recipe_name, student = options.recipe or str(run_dir.path / RECIPE), str(run_dir.student)
+    elif options.recipe:
+        recipe_name, student = options.recipe, options.target
+    else:
+        raise InputError(f"target: {options.target!r} is no run; for a model name teacher and data with --recipe RECIPE")
+    recipe = read_recipe(recipe_name, options.overrides)
+    recipe = parse_recipe(
+        recipe.model_dump() | {"student": {"kind": "pretrained", "path": student}, "resume": False, "run_dir": "-"}
+    )
+    from abkd.inputs import check_inputs
+
+    inputs = check_inputs(recipe)
+    _say("loading torch and transformers")
+    _quieten_libraries()
+    from abkd.analysis.table import print_table
+    from abkd.run import make_student, measure_before, prepare
+
+    setup = prepare(recipe, inputs, _say)
+    measured = measure_before(recipe, setup, make_student(recipe, setup))
+    measured["student"] = measured.pop("before")
+    if options.json:
+        print(json.dumps(measured, indent=2))
+    else:
+        print_table(measured)
+    return DONE
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    if options.name:
+        if options.name not in recipe_names():
+            raise InputError(f"recipes: there is none named {options.name!r}; shipped are {', '.join(recipe_names())}")
+        print((RECIPES / f"{options.name}.yaml").read_text(encoding="utf-8"), end="")
+        return DONE
+    for name, summary in recipe_names().items():
+        print(f"{name:16} {summary}")
+    return DONE
+
+
+def _demo(options: argparse.Namespace) -> int:
+    _quieten_libraries()
+    from abkd.demo import run_demo
+
+    return DONE if run_demo(options.overrides, quick=options.quick, say=_say) else INTERRUPTED
+
+
+def _interrupted(run_dir: str) -> int:
+    _say(f"stopped; go on with: abkd train {Path(run_dir) / RECIPE} resume=true")
+    return INTERRUPTED
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _quieten_libraries() -> None:
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"transformers|torch|accelerate")
+

@@ -1,0 +1,301 @@
+"""Every option of every recipe. A recipe is a YAML file with these sections; unknown keys are refused.
+
+Pydantic and YAML only: a recipe is checked before torch is imported. One frozen model per `kind`.
+"""
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from abkd.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Real = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class AlphaBeta(Section):
+    kind: Literal["alpha_beta"]
+    alpha: Real = 0.2
+    """Hardness-concentration: smaller chases large errors harder. Any finite number; 0 to 1 is the useful range."""
+    beta: Real = 0.7
+    """Confidence-concentration: larger trusts the student's confidence more. Any finite number; 0 to 1 is useful."""
+
+
+class ForwardKL(Section):
+    kind: Literal["forward_kl"]
+
+
+class ReverseKL(Section):
+    kind: Literal["reverse_kl"]
+
+
+Divergence = Annotated[AlphaBeta | ForwardKL | ReverseKL, Field(discriminator="kind")]
+
+
+class InProcess(Section):
+    """A frozen model beside the student."""
+
+    kind: Literal["in_process"] = "in_process"
+    path: str
+    """A model folder, a .gguf file or its folder, package:NAME, or a hub id owner/name."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    remember: bool = False
+    """Keep each example's last hidden states in main memory: the teacher runs once per example, not once per epoch."""
+
+
+class Pretrained(Section):
+    """An existing checkpoint."""
+
+    kind: Literal["pretrained"]
+    path: str
+    """As teacher.path."""
+    freeze_embeddings: bool = False
+    """Keep token embeddings and output head as they are; a step is cheaper, by a third for a small model."""
+
+
+class Shrink(Section):
+    """The teacher with some of its layers."""
+
+    kind: Literal["shrink"]
+    keep_layers: Count
+    """How many, evenly spaced, first and last included."""
+    freeze_embeddings: bool = False
+    """As for a pretrained student. The embeddings are the teacher's own."""
+
+
+Student = Annotated[Pretrained | Shrink, Field(discriminator="kind")]
+
+
+class Data(Section):
+    train: str
+    """A JSONL file (.jsonl, .jsonl.gz) of instructions; package:NAME/PATH for one inside a package."""
+    validation: str = ""
+    """Another; empty holds out num_held_out rows of train, always the same ones."""
+    num_held_out: Count = 64
+    """Rows of train held out where validation is empty."""
+    max_train_rows: CountOrZero = 0
+    """Only the first so many rows of train, after the hold-out; 0 for all."""
+    max_validation_rows: CountOrZero = 0
+    """Only the first so many rows of validation; 0 for all."""
+    prompt_format: Literal["chat", "plain"] = "chat"
+    """chat: the tokenizer's chat template. plain: prompt and completion joined as they are."""
+    max_prompt_tokens: Count = 256
+    max_tokens: Count = 512
+    """Prompt and completion together; longer completions are cut, and counted."""
+    long_prompts: Literal["refuse", "drop"] = "refuse"
+    """What happens to a row whose prompt is longer than max_prompt_tokens; dropped rows are counted."""
+
+    @model_validator(mode="after")
+    def _room_for_a_completion(self):
+        if self.max_tokens <= self.max_prompt_tokens:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} leaves no room for a completion after "
+                f"max_prompt_tokens={self.max_prompt_tokens}; raise it"
+            )
+        return self
+
+
+class Objective(Section):
+    divergence: Divergence
+    kd_weight: NonNegative = 1.0
+    """Of the divergence from the teacher."""
+    ce_weight: NonNegative = 0.0
+    """Of the cross-entropy with the data."""
+    temperature: Positive = 1.0
+    """Divides the logits of both before the divergence; no factor of its square."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self):
+        if self.kd_weight == self.ce_weight == 0:
+            raise ValueError("kd_weight and ce_weight are both 0: nothing to learn; set one above 0")
+        return self
+
+
+class Training(Section):
+    num_steps: CountOrZero = 0
+    """Optimiser steps; 0 means that num_epochs decides."""
+    num_epochs: NonNegative = 0.0
+    """Passes over the data; 0 means that num_steps decides."""
+    batch_size: Count = 8
+    """Examples per device and micro-batch."""
+    accumulation: Count = 1
+    """Micro-batches per optimiser step."""
+    learning_rate: Positive
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up; cosine and linear end at 0."""
+    warmup_steps: CountOrZero = 0
+    weight_decay: NonNegative = 0.01
+    max_grad_norm: Positive = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes the student under autocast; its weights and the losses stay fp32."""
+    activation_checkpointing: bool = False
+    """Less memory, about a third more time."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+    seed: int = Field(default=0, ge=0)
+    """Order of the data and dropout."""
+    log_every: Count = 1
+    """Steps between lines of metrics.jsonl."""
+    validate_every: CountOrZero = 0
+    """Steps between validations during training; 0 for none but before and after."""
+    save_every: CountOrZero = 0
+    """Steps between checkpoints; 0 for the last step alone. The two last are kept."""
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if bool(self.num_steps) == bool(self.num_epochs):
+            raise ValueError(
+                f"set exactly one of num_steps (is {self.num_steps}) and num_epochs (is {self.num_epochs:g}) above 0"
+            )
+        return self
+
+
+class Evaluation(Section):
+    batch_size: Count = 8
+    num_generated: CountOrZero = 0
+    """Validation prompts answered by teacher and student, for ROUGE-L with the references; 0 for none."""
+    max_new_tokens: Count = 128
+    temperature: NonNegative = 0.0
+    """0 decodes greedily."""
+
+
+class Recipe(Section):
+    task: Literal["language_model"]
+    teacher: InProcess
+    student: Student
+    data: Data
+    objective: Objective
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    run_dir: str = Field(min_length=1)
+    """A new folder; an existing one is never written over."""
+    resume: bool = False
+    """Go on with the run in run_dir from its last whole checkpoint."""
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out; `read_recipe` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def recipe_names() -> dict[str, str]:
+    """Shipped recipes: name -> the first line of the header."""
+    return {file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for file in sorted(RECIPES.glob("*.yaml"))}
+
+
+def read_recipe(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name or any YAML file by path, with `key.sub=value` overrides, values read as YAML.
+
+    Setting a section's `kind` to another one starts that section afresh.
+
+    Raises:
+        InputError: one line per mistake, each with the field, its value and what is allowed.
+    """
+    file = RECIPES / f"{name_or_path}.yaml" if name_or_path in recipe_names() else Path(name_or_path).expanduser()
+    if not file.is_file():
+        close = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise InputError(
+            f"recipe: there is no shipped recipe or file {name_or_path!r}; {hint}shipped are {', '.join(recipe_names())}"
+        )
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        place = f", line {where.line + 1}" if where else ""
+        raise InputError(f"recipe: {file}{place} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"recipe: {file} must hold sections such as teacher, student, data; it holds {content!r}")
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_recipe(content)
+
+
+def parse_recipe(content: dict[str, Any]) -> Recipe:
+    """The recipe that a mapping describes. Raises InputError as `read_recipe`."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(content, item) for item in error.errors())) from None
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override: {override!r} is not key=value, as in training.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{key}: {text!r} is not a YAML value; quote it") from None
+    section = content
+    *parents, last = key.split(".")
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise InputError(f"{key}: {parent!r} is a single value, not a section")
+    if last == "kind" and section.get("kind", value) != value:
+        section.clear()
+    section[last] = "" if value is None else value
+
+
+def _explain(content: dict[str, Any], error: Any) -> str:
+    """One line: field, value, what is allowed."""
+    path, value, model = _walk(content, error["loc"])
+    field = ".".join(path) or "recipe"
+    if error["type"] == "extra_forbidden":
+        names = sorted(model.model_fields) if model else []
+        close = difflib.get_close_matches(path[-1], names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{field}: unknown key; {hint}known here are {', '.join(names)}"
+    if error["type"] == "missing":
+        return f"{field}: missing; add it to the recipe or the command line"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{field}.kind: {_shown(error)}; use one of {error.get('ctx', {}).get('expected_tags', 'the kinds')}"
+    if error["type"] == "value_error":
+        return f"{field}: {message}"
+    return f"{field}: {value!r} is refused: {message[0].lower()}{message[1:]}"
+
+
+def _shown(error: Any) -> str:
+    return f"{error['ctx']['tag']!r} is no kind of it" if "tag" in error.get("ctx", {}) else "missing"
+
+
+def _walk(content: Any, loc: tuple) -> tuple[list[str], Any, type[BaseModel] | None]:
+    """(the keys as the user wrote them, the value there, the model that holds the last key)."""
+    path: list[str] = []
+    value, model, holder = content, Recipe, Recipe
+    for part in loc:
+        if isinstance(value, dict) and part not in value and value.get("kind") == part:
+            continue  # the tag of a union, not a key
+        path.append(str(part))
+        value = value.get(part) if isinstance(value, dict) else value
+        holder, model = model, _model_of(model, part, value)
+    return path, value, holder
+
+
+def _model_of(model: Any, name: Any, value: Any) -> Any:
+    """The model of field `name`: for a union the member whose `kind` the value names."""
+    if model is None or name not in model.model_fields:
+        return None
+    annotation = model.model_fields[name].annotation
+    for member in typing.get_args(annotation) or (annotation,):
+        if not (isinstance(member, type) and issubclass(member, BaseModel)):
+            continue
+        kind = member.model_fields.get("kind")
+        kinds = typing.get_args(kind.annotation) if kind else ()
+        if not kinds or len(typing.get_args(annotation)) == 0 or (isinstance(value, dict) and value.get("kind") in kinds):
+            return member
+    return None

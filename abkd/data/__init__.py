@@ -1,0 +1,1 @@
+"""Data: instructions as token ids, and batches of them."""

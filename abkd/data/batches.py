@@ -1,0 +1,50 @@
+"""Examples -> padded tensors. The only place where a label of -100 is written."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abkd.data.instructions import Example
+from abkd.objective import IGNORED_LABEL
+
+
+class Collator:
+    """Pads on the right to the longest example of the batch.
+
+    Returns `input_ids`, `attention_mask`, `labels` (the completion's tokens; -100 elsewhere), all
+    `[batch, length]`, and `example_ids` `[batch]`.
+    """
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Collator":
+        """Pads with the tokenizer's padding token, or with its end token where it has none."""
+        return cls(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        rows = [example.prompt_ids + example.completion_ids for example in examples]
+        shape = len(rows), max(map(len, rows))
+        input_ids = torch.full(shape, self.pad_id)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORED_LABEL)
+        for index, (row, example) in enumerate(zip(rows, examples, strict=True)):
+            input_ids[index, : len(row)] = torch.tensor(row)
+            attention_mask[index, : len(row)] = 1
+            labels[index, len(example.prompt_ids) : len(row)] = torch.tensor(example.completion_ids)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "example_ids": torch.tensor([example.example_id for example in examples]),
+        }
+
+
+def batches_by_length(examples: Sequence[Example], collator: Collator, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Every example once, those of like length together, for evaluation."""
+    ordered = sorted(examples, key=lambda example: len(example.prompt_ids) + len(example.completion_ids))
+    for start in range(0, len(ordered), batch_size):
+        yield collator(ordered[start : start + batch_size])

@@ -1,0 +1,236 @@
+"""Instruction data: JSONL rows -> a prompt and a completion -> token ids and a loss mask. Imports no torch."""
+
+import gzip
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abkd.errors import InputError
+
+ROLES = ("system", "user", "assistant", "tool")
+FORMATS = '{"prompt", "completion"}, {"messages"} or {"instruction", "input", "output"}'
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One row: the conversation up to the completion, and the completion, which alone is learnt."""
+
+    prompt: tuple[dict[str, str], ...]
+    """Messages {"role", "content"}; a row without roles is one user message."""
+    completion: str
+    origin: str
+    """`file:line`, for messages about the row."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One instruction as token ids. The end token is the completion's last id, unless it was cut off."""
+
+    example_id: int
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    prompt: str
+    """What the model reads before the completion, as text, chat template included."""
+    question: str
+    """The last message of the prompt, without the template: for people."""
+    completion: str
+
+
+@dataclass(frozen=True)
+class EncodingCounts:
+    """What became of the rows, for the log."""
+
+    num_examples: int
+    num_tokens: int
+    """Completion tokens, which are the ones that count."""
+    num_long_prompts_dropped: int
+    num_completions_cut: int
+
+
+def read_instructions(path: Path, field: str) -> list[Instruction]:
+    """Every row of a JSONL file (`.jsonl`, or `.jsonl.gz`).
+
+    Rows are prompt-completion (`prompt` and `completion`, both text or both lists of messages),
+    conversations (`messages`; the last one, an assistant's, is the completion), or `instruction`,
+    optional `input`, `output`. Other keys are ignored.
+
+    Raises:
+        InputError: the file is missing or empty, or a row is malformed: with file, line and field.
+    """
+    if not path.is_file():
+        raise InputError(f"{field}: there is no file {str(path)!r}; give a JSONL file")
+    instructions = [_parse(line, f"{path}:{number}") for number, line in _lines(path, field) if line.strip()]
+    if not instructions:
+        raise InputError(f"{field}: {path} is empty; it must hold one JSON object a line: {FORMATS}")
+    return instructions
+
+
+def hold_out(
+    instructions: Sequence[Instruction], num_held_out: int, field: str
+) -> tuple[list[Instruction], list[Instruction]]:
+    """(rest, held out): a random `num_held_out` rows, always the same ones; both keep the file's order."""
+    if num_held_out >= len(instructions):
+        raise InputError(
+            f"{field}={num_held_out} leaves nothing to train on: the file has {len(instructions)} rows; lower it"
+        )
+    chosen = set(random.Random(0).sample(range(len(instructions)), num_held_out))
+    rest = [row for index, row in enumerate(instructions) if index not in chosen]
+    return rest, [row for index, row in enumerate(instructions) if index in chosen]
+
+
+def encode(
+    instructions: Sequence[Instruction],
+    tokenizer: Any,
+    *,
+    prompt_format: str,
+    max_prompt_tokens: int,
+    max_tokens: int,
+    long_prompts: str,
+    first_id: int = 0,
+) -> tuple[list[Example], EncodingCounts]:
+    """Token ids of every instruction; prompt and completion are tokenised apart, as when generating.
+
+    Args:
+        prompt_format: `chat` applies the tokenizer's chat template; `plain` joins the texts as they are.
+        max_prompt_tokens: a longer prompt is refused, or its row dropped: see `long_prompts`.
+        max_tokens: of prompt and completion together; a longer completion is cut, end token included.
+        long_prompts: `refuse` or `drop`.
+        first_id: example ids count from here.
+
+    Raises:
+        InputError: a prompt is too long and `long_prompts` is `refuse`; no example is left; the format does
+            not fit the tokenizer or the rows.
+    """
+    if prompt_format == "chat" and not tokenizer.chat_template:
+        raise InputError("data.prompt_format=chat, but the tokenizer has no chat template; use plain")
+    examples: list[Example] = []
+    num_dropped = num_cut = 0
+    for row in instructions:
+        prompt, completion = _as_text(row, tokenizer, prompt_format)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if not prompt_ids:
+            raise InputError(f"{row.origin}: the prompt has no tokens; give it some text")
+        if len(prompt_ids) > max_prompt_tokens:
+            if long_prompts == "refuse":
+                raise InputError(
+                    f"{row.origin}: the prompt is {len(prompt_ids):,} tokens, data.max_prompt_tokens is "
+                    f"{max_prompt_tokens:,}; raise it, or set data.long_prompts=drop"
+                )
+            num_dropped += 1
+            continue
+        completion_ids = _completion_ids(completion, tokenizer)
+        num_cut += len(completion_ids) > max_tokens - len(prompt_ids)
+        completion_ids = completion_ids[: max_tokens - len(prompt_ids)]
+        example = Example(
+            example_id=first_id + len(examples),
+            prompt_ids=tuple(prompt_ids),
+            completion_ids=tuple(completion_ids),
+            prompt=prompt,
+            question=row.prompt[-1]["content"],
+            completion=row.completion,
+        )
+        examples.append(example)
+    if not examples:
+        raise InputError(f"data: every prompt is longer than data.max_prompt_tokens={max_prompt_tokens}; raise it")
+    num_tokens = sum(len(example.completion_ids) for example in examples)
+    return examples, EncodingCounts(len(examples), num_tokens, num_dropped, num_cut)
+
+
+def prompt_text(prompt: Sequence[dict[str, str]], tokenizer: Any, prompt_format: str) -> str:
+    """What a model reads before it answers."""
+    if prompt_format == "chat":
+        return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return "".join(message["content"] for message in prompt)
+
+
+def _as_text(row: Instruction, tokenizer: Any, prompt_format: str) -> tuple[str, str]:
+    prompt = prompt_text(row.prompt, tokenizer, prompt_format)
+    if prompt_format == "plain":
+        if len(row.prompt) > 1:
+            raise InputError(f"{row.origin}: a conversation needs data.prompt_format=chat")
+        return prompt, row.completion
+    messages = [*row.prompt, {"role": "assistant", "content": row.completion}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(prompt):
+        raise InputError(
+            f"{row.origin}: the tokenizer's chat template does not continue its own generation prompt, so the "
+            "completion cannot be told from the prompt; use data.prompt_format=plain"
+        )
+    return prompt, whole[len(prompt) :]
+
+
+def _completion_ids(completion: str, tokenizer: Any) -> list[int]:
+    """Ids up to and with the first end token; one is added where the template writes none."""
+    ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return [*ids[: ids.index(end)], end] if end in ids else [*ids, end]
+
+
+def _lines(path: Path, field: str) -> Iterator[tuple[int, str]]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    try:
+        with opened as stream:
+            yield from enumerate(stream, start=1)
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{field}: {path} cannot be read as UTF-8 text ({error}); save it again") from None
+
+
+def _parse(line: str, origin: str) -> Instruction:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{origin}: not valid JSON ({error}); one object a line: {FORMATS}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{origin}: must be a JSON object, is {type(row).__name__}: {FORMATS}")
+    if "messages" in row:
+        messages = _messages(row, "messages", origin)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise InputError(f"{origin}: field 'messages' must end with an assistant's message after a user's")
+        return Instruction(tuple(messages[:-1]), _not_empty(messages[-1]["content"], "messages", origin), origin)
+    if "prompt" in row:
+        if isinstance(row["prompt"], list):
+            completion = _messages(row, "completion", origin)
+            if len(completion) != 1 or completion[0]["role"] != "assistant":
+                raise InputError(f"{origin}: field 'completion' must be one assistant's message, as 'prompt' is a list")
+            answer = _not_empty(completion[0]["content"], "completion", origin)
+            return Instruction(tuple(_messages(row, "prompt", origin)), answer, origin)
+        return _single(_text(row, "prompt", origin), _text(row, "completion", origin), origin)
+    if "instruction" in row:
+        question = _text(row, "instruction", origin)
+        if row.get("input"):
+            question = f"{question}\n\n{_text(row, 'input', origin)}"
+        return _single(question, _text(row, "output", origin), origin)
+    raise InputError(f"{origin}: has the fields {sorted(row)}; needs {FORMATS}")
+
+
+def _single(prompt: str, completion: str, origin: str) -> Instruction:
+    return Instruction(({"role": "user", "content": prompt},), completion, origin)
+
+
+def _text(row: dict, field: str, origin: str) -> str:
+    if field not in row:
+        raise InputError(f"{origin}: field {field!r} is missing; add it as text")
+    if not isinstance(row[field], str):
+        raise InputError(f"{origin}: field {field!r} must be text, is {type(row[field]).__name__}")
+    return _not_empty(row[field], field, origin)
+
+
+def _not_empty(text: str, field: str, origin: str) -> str:
+    if not text.strip():
+        raise InputError(f"{origin}: field {field!r} is empty; fill it or remove the row")
+    return text
+
+
+def _messages(row: dict, field: str, origin: str) -> list[dict[str, str]]:
+    messages = row.get(field)
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{origin}: field {field!r} must be a list of messages {{'role', 'content'}}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise InputError(f"{origin}: field {field!r}[{index}] must be {{'role', 'content'}} with text as content")
+        if message.get("role") not in ROLES:
+            raise InputError(f"{origin}: field {field!r}[{index}] has the role {message.get('role')!r}; use one of {ROLES}")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]

@@ -1,0 +1,1 @@
+"""Evaluation: how close a student is to its teacher, and how its text compares with the references."""

@@ -1,0 +1,58 @@
+"""What a recipe names, found, read and checked in under a second: before torch is imported, before any long work."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from abkd.config import Recipe
+from abkd.data.instructions import Instruction, hold_out, read_instructions
+from abkd.errors import InputError
+from abkd.models.pretrained import find_model
+from abkd.paths import find_path
+from abkd.rundir import RECIPE, RunDir
+
+
+class Inputs(NamedTuple):
+    train: list[Instruction]
+    validation: list[Instruction]
+    models: list[str]
+    """What will be loaded, and whether it is here or on a hub."""
+
+
+def check_inputs(recipe: Recipe) -> Inputs:
+    """Reads every row of data, looks at every model's headers, and at the run's folder.
+
+    Raises:
+        InputError: something is missing, torn, malformed, or would be written over.
+    """
+    run_dir = RunDir(Path(recipe.run_dir))
+    if recipe.resume:
+        _check_resumable(recipe, run_dir)
+    else:
+        run_dir.check_new()
+    named = {"teacher.path": recipe.teacher.path}
+    if recipe.student.kind == "pretrained":
+        named["student.path"] = recipe.student.path
+    models = []
+    for field, path in named.items():
+        found = find_model(path, field)
+        models.append(f"{field}: {path} ({found if found else 'from the model hub'})")
+    train = read_instructions(find_path(recipe.data.train, "data.train"), "data.train")
+    if recipe.data.validation:
+        validation = read_instructions(find_path(recipe.data.validation, "data.validation"), "data.validation")
+    else:
+        train, validation = hold_out(train, recipe.data.num_held_out, "data.num_held_out")
+    train = train[: recipe.data.max_train_rows or None]
+    return Inputs(train, validation[: recipe.data.max_validation_rows or None], models)
+
+
+def _check_resumable(recipe: Recipe, run_dir: RunDir) -> None:
+    """The recipe must be that of the run, but for `resume` itself."""
+    file = run_dir.path / RECIPE
+    if not file.exists():
+        raise InputError(f"resume: {str(run_dir.path)!r} holds no run to go on with; start it without resume=true")
+    asked = recipe.model_copy(update={"resume": False}).to_yaml()
+    started = file.read_text(encoding="utf-8")
+    if asked != started:
+        pairs = zip(asked.splitlines(), started.splitlines(), strict=False)
+        now, then = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("another recipe", "its own"))
+        raise InputError(f"resume: {file} was started with {then!r}, not {now!r}; resume with: abkd train {file} resume=true")

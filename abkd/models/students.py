@@ -1,0 +1,64 @@
+"""Students made out of their teacher."""
+
+import copy
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from abkd.errors import InputError
+
+
+def shrink(teacher: PreTrainedModel, keep_layers: int) -> PreTrainedModel:
+    """The teacher's architecture with `keep_layers` of its layers, evenly spaced, weights copied.
+
+    The first and the last layer are kept where `keep_layers` >= 2. A tied head stays tied.
+
+    Args:
+        teacher: a decoder of one stack of alike layers (Llama, GPT-2, Qwen, Mistral, Gemma, ...).
+        keep_layers: 1 to the teacher's number of layers.
+
+    Returns:
+        A new model in the teacher's dtype that shares no storage with it, in evaluation mode.
+    """
+    path, layers = _layer_stack(teacher)
+    if not 1 <= keep_layers <= len(layers):
+        raise InputError(f"student.keep_layers={keep_layers}: the teacher has {len(layers)} layers; use 1 to {len(layers)}")
+    kept = kept_layers(len(layers), keep_layers)
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = keep_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
+    student = type(teacher)(config).to(teacher.dtype)
+    renamed = {f"{path}.{source}.": f"{path}.{target}." for target, source in enumerate(kept)}
+    state = {}
+    for name, tensor in teacher.state_dict().items():
+        if not name.startswith(f"{path}."):
+            state[name] = tensor
+        for source, target in renamed.items():
+            if name.startswith(source):
+                state[target + name.removeprefix(source)] = tensor
+    student.load_state_dict(state)
+    student.tie_weights()
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.eval()
+
+
+def kept_layers(num_layers: int, keep: int) -> list[int]:
+    """`keep` evenly spaced indices out of `num_layers`, first and last included; the first alone for 1."""
+    return [round(index * (num_layers - 1) / max(keep - 1, 1)) for index in range(keep)]
+
+
+def _layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The one list of decoder layers and its path in the state dict."""
+    num_layers = getattr(model.config, "num_hidden_layers", None)
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and len({type(layer) for layer in module}) == 1
+    ]
+    if len(stacks) != 1:
+        raise InputError(
+            f"student.kind=shrink: {type(model).__name__} has {len(stacks)} stacks of decoder layers, needs exactly "
+            "one; give the student as a checkpoint (student.kind=pretrained)"
+        )
+    return stacks[0]

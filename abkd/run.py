@@ -1,0 +1,266 @@
+"""A recipe becomes objects, the objects train, and the folder of the run says what came out."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from abkd import config
+from abkd.analysis.mass import RankMassMeter
+from abkd.data.batches import Collator, batches_by_length
+from abkd.data.instructions import EncodingCounts, Example, encode
+from abkd.divergences import KINDS
+from abkd.errors import InputError
+from abkd.evaluation.fidelity import fidelity
+from abkd.evaluation.rouge import rouge_l
+from abkd.generation import generate
+from abkd.inputs import Inputs
+from abkd.models.pretrained import load_model, load_tokenizer
+from abkd.models.students import shrink
+from abkd.objective import Objective
+from abkd.rundir import RESULTS, RunDir
+from abkd.teachers.in_process import InProcessTeacher
+from abkd.trainer import (
+    VALIDATION_DIVERGENCES,
+    DistillationTrainer,
+    MetricsWriter,
+    ProgressBar,
+    StopOnInterrupt,
+    quiet,
+)
+from abkd.vocab import check_same_vocabulary, check_same_width
+
+BEFORE = "before.json"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What runs of one teacher on one data set share."""
+
+    teacher: InProcessTeacher
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Example]
+    validation: list[Example]
+
+
+def train(recipe: config.Recipe, inputs: Inputs, say: Say) -> dict[str, Any] | None:
+    """The whole run: load, measure, train, save, measure. Its results, or None if it was interrupted.
+
+    Args:
+        recipe: a checked recipe.
+        inputs: `check_inputs(recipe)`.
+        say: prints one line.
+    """
+    if recipe.resume and (results := RunDir(Path(recipe.run_dir)).read_results()):
+        say(f"{recipe.run_dir} is finished already")
+        return results
+    setup = prepare(recipe, inputs, say)
+    return distil(recipe, setup, make_student(recipe, setup), say)
+
+
+def prepare(recipe: config.Recipe, inputs: Inputs, say: Say) -> Setup:
+    """Loads the teacher and tokenises the data."""
+    tokenizer = load_tokenizer(recipe.teacher.path, "teacher.path")
+    options = recipe.data.model_dump(include={"prompt_format", "max_prompt_tokens", "max_tokens", "long_prompts"})
+    train, train_counts = encode(inputs.train, tokenizer, **options)
+    validation, validation_counts = encode(inputs.validation, tokenizer, **options, first_id=len(train))
+    say(f"train: {_describe(train_counts)}")
+    say(f"validation: {_describe(validation_counts)}")
+    say(f"loading the teacher {recipe.teacher.path}")
+    model = load_model(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
+    return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation)
+
+
+def make_student(recipe: config.Recipe, setup: Setup) -> PreTrainedModel:
+    """The student before training, checked to share the teacher's vocabulary."""
+    set_seed(recipe.training.seed)
+    match recipe.student:
+        case config.Shrink(keep_layers=keep_layers):
+            student = shrink(setup.teacher.model, keep_layers).float()
+        case config.Pretrained(path=path):
+            check_same_vocabulary(student=load_tokenizer(path, "student.path"), teacher=setup.tokenizer)
+            student = load_model(path, "student.path")
+    check_same_width(student=student, teacher=setup.teacher.model)
+    if recipe.student.freeze_embeddings:
+        student.get_input_embeddings().requires_grad_(False)
+        student.get_output_embeddings().requires_grad_(False)
+    return student
+
+
+def make_objective(section: config.Objective) -> Objective:
+    divergence = KINDS[section.divergence.kind](**section.divergence.model_dump(exclude={"kind"}))
+    return Objective(divergence, section.kd_weight, section.ce_weight, section.temperature)
+
+
+def make_trainer(
+    recipe: config.Recipe, setup: Setup, student: PreTrainedModel, run_dir: RunDir, callbacks: Sequence[Any] = ()
+) -> DistillationTrainer:
+    options = recipe.training
+    schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(run_dir.checkpoints),
+            max_steps=options.num_steps or -1,
+            num_train_epochs=options.num_epochs,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=recipe.evaluation.batch_size,
+            gradient_accumulation_steps=options.accumulation,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type=schedule,
+            warmup_steps=options.warmup_steps,
+            weight_decay=options.weight_decay,
+            max_grad_norm=options.max_grad_norm,
+            bf16=options.precision == "bf16",
+            gradient_checkpointing=options.activation_checkpointing,
+            use_cpu=options.device == "cpu",
+            seed=options.seed,
+            logging_steps=options.log_every,
+            eval_strategy="steps" if options.validate_every else "no",
+            eval_steps=options.validate_every or None,
+            save_strategy="steps" if options.save_every else "no",
+            save_steps=options.save_every or 1,
+            save_total_limit=2,
+            report_to="none",
+            disable_tqdm=True,
+        )
+    except ValueError as error:
+        raise InputError(f"training: {error}") from error
+    trainer = DistillationTrainer(
+        model=student,
+        args=arguments,
+        teacher=setup.teacher,
+        objective=make_objective(recipe.objective),
+        train_examples=setup.train,
+        validation_examples=setup.validation,
+        tokenizer=setup.tokenizer,
+        callbacks=[MetricsWriter(run_dir.log), *callbacks],
+    )
+    quiet(trainer)
+    return trainer
+
+
+def distil(
+    recipe: config.Recipe, setup: Setup, student: PreTrainedModel, say: Say, measured: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Trains `student` in place under the recipe; writes the run's folder.
+
+    Args:
+        measured: results of `teacher` and `before`, where they are known already.
+
+    Returns:
+        The content of results.json; None if the run was interrupted.
+    """
+    run_dir = RunDir(Path(recipe.run_dir))
+    _check_disk(run_dir, student)
+    if not recipe.resume:
+        run_dir.create(recipe.to_yaml())
+    stop = StopOnInterrupt(say)
+    trainer = make_trainer(recipe, setup, student, run_dir, [stop, ProgressBar(run_dir.path.name)])
+    setup.teacher.model.to(trainer.args.device)
+    measured = measured or run_dir.read_json(BEFORE) or measure_before(recipe, setup, student)
+    run_dir.write_json(BEFORE, measured)
+    started = time.monotonic()
+    if not run_dir.student.exists():
+        checkpoints = run_dir.whole_checkpoints()
+        if recipe.resume:
+            run_dir.drop_metrics_after(int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else -1)
+            say(f"going on from {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet: starting over")
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        if stop.interrupted:
+            return None
+        _save_student(student, setup.tokenizer, run_dir)
+    else:
+        student.load_state_dict(load_model(str(run_dir.student), "run_dir").state_dict())
+    seconds = time.monotonic() - started
+    results = measured | {
+        "after": measure(recipe, setup, student),
+        "divergence": str(trainer.objective.divergence),
+        "num_steps": trainer.state.global_step,
+        "training_s": round(seconds, 1),
+    }
+    run_dir.write_json(RESULTS, results)
+    return results
+
+
+def measure_before(recipe: config.Recipe, setup: Setup, student: PreTrainedModel) -> dict[str, Any]:
+    """What `measure` says of the teacher and of the untrained student."""
+    return {
+        "teacher": measure(recipe, setup, setup.teacher.model),
+        "before": measure(recipe, setup, student),
+    }
+
+
+def measure(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
+    """Fidelity to the teacher on the validation data, and answers with their ROUGE-L if asked for.
+
+    The keys are those of `fidelity`, `rank_mass`, `num_parameters`, and with answers `rouge_l` and `answers`.
+    """
+    meter = RankMassMeter()
+    size = recipe.evaluation.batch_size
+    batches = batches_by_length(setup.validation, Collator.of(setup.tokenizer), size)
+    num_batches = -(-len(setup.validation) // size)
+    bar = tqdm(batches, total=num_batches, desc="measuring", unit="batch", leave=False)
+    result = fidelity(model, setup.teacher.logits, bar, VALIDATION_DIVERGENCES, per_token=meter)
+    result["rank_mass"] = meter.result()._asdict()
+    result["num_parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    asked = setup.validation[: recipe.evaluation.num_generated]
+    if asked:
+        result["answers"] = answer(recipe, setup, model)
+        result["rouge_l"] = rouge_l(result["answers"], [[example.completion] for example in asked])
+    return result
+
+
+def answer(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> list[str]:
+    """The model's answers to the first `evaluation.num_generated` validation prompts."""
+    options = recipe.evaluation
+    prompts = [example.prompt for example in setup.validation[: options.num_generated]]
+    with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False) as bar:
+        completions = generate(
+            model,
+            setup.tokenizer,
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            batch_size=options.batch_size,
+            seed=recipe.training.seed,
+            progress=bar.update,
+        )
+    return [completion.text for completion in completions]
+
+
+def _save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_dir: RunDir) -> None:
+    """Written aside and renamed: the folder `student` is whole or absent."""
+    part = run_dir.path / ".student.part"
+    shutil.rmtree(part, ignore_errors=True)
+    student.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    os.replace(part, run_dir.student)
+
+
+def _check_disk(run_dir: RunDir, student: PreTrainedModel) -> None:
+    """Room for the student and for two checkpoints of weights and Adam's two moments."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
+    moments = 2 * sum(parameter.numel() * 4 for parameter in student.parameters() if parameter.requires_grad)
+    needed = weights + 2 * (weights + moments)
+    existing = next(folder for folder in [run_dir.path, *run_dir.path.absolute().parents] if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"run_dir: {str(run_dir.path)!r} needs {needed / 2**30:.2f} GiB for the student and two checkpoints, "
+            f"{free / 2**30:.2f} GiB are free; free some, or give another folder with run_dir=PATH"
+        )
+
+
+def _describe(counts: EncodingCounts) -> str:
+    return (
+        f"{counts.num_examples:,} examples, {counts.num_tokens:,} completion tokens, "
+        f"{counts.num_completions_cut:,} completions cut, {counts.num_long_prompts_dropped:,} long prompts dropped"
+    )

@@ -1,0 +1,1 @@
+"""Teachers: who gives the targets."""

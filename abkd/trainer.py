@@ -1,0 +1,213 @@
+"""The Hugging Face Trainer with a teacher: another loss, another evaluation, checkpoints that are whole or named torn."""
+
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from abkd.data.batches import Collator, batches_by_length
+from abkd.data.instructions import Example
+from abkd.divergences import AlphaBeta, Divergence, ForwardKL, ReverseKL
+from abkd.errors import InputError
+from abkd.evaluation.fidelity import fidelity
+from abkd.head import completion_logits
+from abkd.objective import Objective, completion_mask
+from abkd.rundir import WHOLE_MARK
+from abkd.teachers.in_process import InProcessTeacher
+
+VALIDATION_DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": ForwardKL(),
+    "reverse_kl": ReverseKL(),
+    "alpha_beta": AlphaBeta(),
+}
+
+
+class DistillationTrainer(Trainer):
+    """Trains `model`, the student, towards `teacher` under `objective`.
+
+    Args:
+        model: a causal language model; what is to stay fixed has `requires_grad=False`.
+        teacher: gives the logits at the completion tokens; not trained, not saved.
+        objective: divergence, weights, temperature.
+        train_examples, validation_examples: tokenised instructions.
+        tokenizer: pads the batches, and is saved beside the student.
+
+    The gradient of an optimiser step is that of the mean over all its counted tokens, however they are
+    spread over micro-batches and ranks. Logs `loss`, its terms `kd` and `ce` (nats per token) and
+    `num_tokens`. A loss that is not finite stops the training with a message.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        teacher: InProcessTeacher,
+        objective: Objective,
+        train_examples: Sequence[Example],
+        validation_examples: Sequence[Example],
+        tokenizer: Any,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        if args.n_gpu > 1:
+            raise InputError(f"{args.n_gpu} GPUs in one process are not supported; use torchrun, or CUDA_VISIBLE_DEVICES=0")
+        args.remove_unused_columns = False
+        args.logging_nan_inf_filter = False
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator.of(tokenizer),
+            train_dataset=list(train_examples),
+            eval_dataset=list(validation_examples),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        self.teacher = teacher
+        self.objective = objective
+        self.model_accepts_loss_kwargs = True  # the loss is already a mean over the step's tokens
+        self._logged = dict.fromkeys(("kd", "ce", "num_tokens"), 0.0)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        labels, example_ids = inputs["labels"], inputs["example_ids"]
+        mask = completion_mask(labels)
+        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "mask": mask}
+        teacher_logits = None
+        if self.objective.kd_weight > 0:
+            teacher_logits = self.teacher.logits(**batch, example_ids=example_ids).to(labels.device)
+        loss = self.objective(
+            student_logits=completion_logits(model, **batch),
+            teacher_logits=teacher_logits,
+            labels=labels[:, 1:][mask],
+            num_tokens=mask.sum() if num_items_in_batch is None else num_items_in_batch,
+        )
+        if not torch.isfinite(loss.total):
+            raise InputError(
+                f"the loss is {loss.total.item()} at step {self.state.global_step + 1}; lower training.learning_rate "
+                "or choose a divergence that is finite where a probability is 0"
+            )
+        self._logged["kd"] += loss.kd_sum.item()
+        self._logged["ce"] += loss.ce_sum.item()
+        self._logged["num_tokens"] += int(mask.sum())
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            return loss.total * self.accelerator.num_processes  # undone by the mean of gradients over ranks
+        return loss.total
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "validation"
+    ) -> dict[str, float]:
+        """`fidelity` to the teacher on the validation examples, logged under `validation_...`."""
+        examples = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = batches_by_length(examples, self.data_collator, self.args.per_device_eval_batch_size)
+        measured = fidelity(self.model, self.teacher.logits, batches, VALIDATION_DIVERGENCES)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            sums, self._logged = self._logged, dict.fromkeys(self._logged, 0.0)
+            num_tokens = max(sums["num_tokens"], 1)
+            logs |= {"kd": sums["kd"] / num_tokens, "ce": sums["ce"] / num_tokens, "num_tokens": sums["num_tokens"]}
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint is marked when it is whole; one that cannot be written is removed, the earlier ones stay."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            (folder / WHOLE_MARK).touch()
+        except (OSError, RuntimeError, SafetensorError) as error:  # all three mean a disk that does not take it
+            shutil.rmtree(folder, ignore_errors=True)
+            raise InputError(
+                f"run_dir: the checkpoint of step {self.state.global_step} cannot be written ({_first_line(error)}); "
+                "free some disk, then go on from the last one with resume=true"
+            ) from error
+
+
+class MetricsWriter(TrainerCallback):
+    """Hands every log line, step included, to a function."""
+
+    def __init__(self, write: Callable[[Mapping[str, Any]], None]):
+        self.write = write
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and "train_runtime" not in logs:
+            self.write({"step": state.global_step} | logs)
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over the steps, with the last logged loss and validation."""
+
+    def __init__(self, description: str):
+        self.description = description
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.description, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends the training after the current step, with a checkpoint; the second one at once.
+
+    Use as a context manager around `Trainer.train`; `interrupted` says what happened.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self.interrupted = False
+
+    def __enter__(self):
+        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *exception):
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _on_signal(self, number, frame):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def quiet(trainer: Trainer) -> None:
+    """Removes the Trainer's own printing: the bar and metrics.jsonl say it."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

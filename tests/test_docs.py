@@ -1,0 +1,41 @@
+"""The Python blocks of README run as written; what the docs name exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import abkd
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_there_are_two_python_blocks():
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.wheel
+@pytest.mark.parametrize("number", range(2))
+def test_python_blocks_of_the_readme_run(number, tmp_path):
+    done = subprocess.run([sys.executable, "-c", BLOCKS[number]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_the_docs_name_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:abkd|docs|tests|scripts)/[\w/.]*)`", text) + re.findall(r"\]\(([\w/.]+\.\w+)\)", text)
+    assert [name for name in named if not ((ROOT / name).exists() or (page.parent / name).exists())] == []
+
+
+def test_public_names_are_complete_and_importable():
+    assert abkd.__all__ == sorted(abkd.__all__)
+    assert set(abkd.__all__) == set(abkd._HOMES)
+    for name in abkd.__all__:
+        assert getattr(abkd, name).__doc__
+    with pytest.raises(AttributeError, match="no_such_name"):
+        abkd.no_such_name  # noqa: B018
