@@ -4,6 +4,7 @@ Only config and errors are imported at the top: `abkd --help` and a recipe's mis
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -13,11 +14,22 @@ from abkd.config import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.errors import InputError
 from abkd.rundir import RECIPE, RunDir
 
+QUICK = (
+    "data.max_train_rows=12",
+    "data.max_validation_rows=4",
+    "training.num_steps=3",
+    "training.warmup_steps=0",
+    "training.validate_every=0",
+    "evaluation.num_generated=2",
+    "evaluation.max_new_tokens=16",
+)
+"""What `abkd demo --quick` changes."""
 DONE, USERS_MISTAKE, INTERRUPTED = 0, 2, 130
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.run(options)
     except InputError as error:
@@ -27,6 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nabkd: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse ends the list of overrides at the first option; those after it are taken up here."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [item for item in rest if item.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +97,7 @@ def _train(options: argparse.Namespace) -> int:
     results = train(recipe, inputs, _say)
     if results is None:
         return _interrupted(recipe.run_dir)
-    print_table({"teacher": results["teacher"], "student before": results["before"], "student after": results["after"]})
+    print_table({"teacher": results["teacher"], "before": results["before"], "after": results["after"]})
     run_dir = RunDir(Path(recipe.run_dir))
     _say(f"the student is in {run_dir.student}, all figures are in {run_dir.path}")
     return DONE
@@ -101,7 +125,9 @@ def _eval(options: argparse.Namespace) -> int:
     elif options.recipe:
         recipe_name, student = options.recipe, options.target
     else:
-        raise InputError(f"target: {options.target!r} is no run; for a model name teacher and data with --recipe RECIPE")
+        raise InputError(
+            f"target: {options.target!r} is no run; for a model name teacher and data with --recipe RECIPE"
+        )
     recipe = read_recipe(recipe_name, options.overrides)
     recipe = parse_recipe(
         recipe.model_dump() | {"student": {"kind": "pretrained", "path": student}, "resume": False, "run_dir": "-"}
@@ -109,12 +135,13 @@ def _eval(options: argparse.Namespace) -> int:
     from abkd.inputs import check_inputs
 
     inputs = check_inputs(recipe)
-    _say("loading torch and transformers")
+    say = _say_aside if options.json else _say
+    say("loading torch and transformers")
     _quieten_libraries()
     from abkd.analysis.table import print_table
     from abkd.run import make_student, measure_before, prepare
 
-    setup = prepare(recipe, inputs, _say)
+    setup = prepare(recipe, inputs, say)
     measured = measure_before(recipe, setup, make_student(recipe, setup))
     measured["student"] = measured.pop("before")
     if options.json:
@@ -136,10 +163,22 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    recipe = read_recipe("demo", [*(QUICK if options.quick else ()), *options.overrides])
+    recipe = recipe.model_copy(update={"run_dir": str(_free_folder(Path(recipe.run_dir)))})
+    from abkd.inputs import check_inputs
+
+    inputs = check_inputs(recipe)
+    _say("loading torch and transformers")
     _quieten_libraries()
     from abkd.demo import run_demo
 
-    return DONE if run_demo(options.overrides, quick=options.quick, say=_say) else INTERRUPTED
+    return DONE if run_demo(recipe, inputs, _say) else INTERRUPTED
+
+
+def _free_folder(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([path], numbered) if not folder.exists())
 
 
 def _interrupted(run_dir: str) -> int:
@@ -149,6 +188,11 @@ def _interrupted(run_dir: str) -> int:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _say_aside(line: str) -> None:
+    """For commands whose standard output is for a program."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _quieten_libraries() -> None:
@@ -161,4 +205,3 @@ def _quieten_libraries() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"transformers|torch|accelerate")
-

@@ -133,6 +133,8 @@ class Training(Section):
     """Examples per device and micro-batch."""
     accumulation: Count = 1
     """Micro-batches per optimiser step."""
+    group_by_length: bool = False
+    """Batches of examples of like length: less padding, less random."""
     learning_rate: Positive
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up; cosine and linear end at 0."""
@@ -192,13 +194,16 @@ class Recipe(Section):
 
 def recipe_names() -> dict[str, str]:
     """Shipped recipes: name -> the first line of the header."""
-    return {file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for file in sorted(RECIPES.glob("*.yaml"))}
+    return {
+        file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
+        for file in sorted(RECIPES.glob("*.yaml"))
+    }
 
 
 def read_recipe(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Recipe:
     """A shipped recipe by name or any YAML file by path, with `key.sub=value` overrides, values read as YAML.
 
-    Setting a section's `kind` to another one starts that section afresh.
+    Setting a section's `kind` to another one starts that section afresh, wherever on the command line it stands.
 
     Raises:
         InputError: one line per mistake, each with the field, its value and what is allowed.
@@ -207,18 +212,17 @@ def read_recipe(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Reci
     if not file.is_file():
         close = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise InputError(
-            f"recipe: there is no shipped recipe or file {name_or_path!r}; {hint}shipped are {', '.join(recipe_names())}"
-        )
+        shipped = ", ".join(recipe_names())
+        raise InputError(f"recipe: there is no shipped recipe or file {name_or_path!r}; {hint}shipped are {shipped}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         place = f", line {where.line + 1}" if where else ""
-        raise InputError(f"recipe: {file}{place} is not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise InputError(f"recipe: {file}{place} is not valid YAML: {_problem(error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"recipe: {file} must hold sections such as teacher, student, data; it holds {content!r}")
-    for override in overrides:
+    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
         _apply_override(content, override)
     return parse_recipe(content)
 
@@ -229,6 +233,11 @@ def parse_recipe(content: dict[str, Any]) -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError("\n".join(_explain(content, item) for item in error.errors())) from None
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a file, in one line."""
+    return getattr(error, "problem", None) or str(error).splitlines()[0]
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -242,7 +251,9 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     section = content
     *parents, last = key.split(".")
     for parent in parents:
-        section = section.setdefault(parent, {})
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
         if not isinstance(section, dict):
             raise InputError(f"{key}: {parent!r} is a single value, not a section")
     if last == "kind" and section.get("kind", value) != value:
@@ -263,14 +274,19 @@ def _explain(content: dict[str, Any], error: Any) -> str:
         return f"{field}: missing; add it to the recipe or the command line"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{field}.kind: {_shown(error)}; use one of {error.get('ctx', {}).get('expected_tags', 'the kinds')}"
+        found = f"{value['kind']!r} is unknown" if "kind" in value else "missing"
+        return f"{field}.kind: {found}; use one of {', '.join(map(repr, _kinds(model, path[-1])))}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{field}: {value!r} is refused: it is a section and holds keys, as in {field}.KEY=VALUE"
     if error["type"] == "value_error":
         return f"{field}: {message}"
     return f"{field}: {value!r} is refused: {message[0].lower()}{message[1:]}"
 
 
-def _shown(error: Any) -> str:
-    return f"{error['ctx']['tag']!r} is no kind of it" if "tag" in error.get("ctx", {}) else "missing"
+def _kinds(model: Any, field: str) -> list[str]:
+    """The kinds that a field of several sections can be of."""
+    members = typing.get_args(model.model_fields[field].annotation)
+    return [kind for member in members for kind in typing.get_args(member.model_fields["kind"].annotation)]
 
 
 def _walk(content: Any, loc: tuple) -> tuple[list[str], Any, type[BaseModel] | None]:
@@ -296,6 +312,10 @@ def _model_of(model: Any, name: Any, value: Any) -> Any:
             continue
         kind = member.model_fields.get("kind")
         kinds = typing.get_args(kind.annotation) if kind else ()
-        if not kinds or len(typing.get_args(annotation)) == 0 or (isinstance(value, dict) and value.get("kind") in kinds):
+        if (
+            not kinds
+            or len(typing.get_args(annotation)) == 0
+            or (isinstance(value, dict) and value.get("kind") in kinds)
+        ):
             return member
     return None

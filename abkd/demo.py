@@ -1,17 +1,17 @@
 """The demo: one teacher, one shrunken student, three divergences, the same batches; a table, answers, a figure."""
 
 import copy
+import gc
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from abkd.analysis.mass import RankMass
 from abkd.analysis.plots import draw_comparison
 from abkd.analysis.table import print_table
-from abkd.config import Recipe, parse_recipe, read_recipe
-from abkd.inputs import check_inputs
+from abkd.config import Recipe, parse_recipe
+from abkd.inputs import Inputs
 from abkd.run import Say, distil, make_student, measure_before, prepare
 from abkd.rundir import RunDir
 
@@ -21,24 +21,12 @@ DIVERGENCES = {
     "alpha-beta": {"kind": "alpha_beta", "alpha": 0.2, "beta": 0.7},
 }
 MEASURES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "alpha_beta": "α-β (0.2, 0.7)"}
-QUICK = (
-    "data.max_train_rows=12",
-    "data.max_validation_rows=4",
-    "training.num_steps=3",
-    "training.batch_size=4",
-    "training.warmup_steps=0",
-    "training.validate_every=0",
-    "evaluation.num_generated=2",
-    "evaluation.max_new_tokens=16",
-)
 
 
-def run_demo(overrides: Sequence[str], *, quick: bool, say: Say) -> bool:
-    """Runs it all under a new folder, `run_dir` or the next free name. False if it was interrupted."""
+def run_demo(recipe: Recipe, inputs: Inputs, say: Say) -> bool:
+    """Runs it all in folders under `recipe.run_dir`. False if it was interrupted."""
     started = time.monotonic()
-    recipe = read_recipe("demo", [*(QUICK if quick else ()), *overrides])
-    recipe = recipe.model_copy(update={"run_dir": str(_free_folder(Path(recipe.run_dir)))})
-    setup = prepare(recipe, check_inputs(recipe), say)
+    setup = prepare(recipe, inputs, say)
     start = make_student(recipe, setup)
     say("measuring the teacher and the student before training")
     measured = measure_before(recipe, setup, start)
@@ -46,18 +34,15 @@ def run_demo(overrides: Sequence[str], *, quick: bool, say: Say) -> bool:
     for name, divergence in DIVERGENCES.items():
         run = _under(recipe, divergence)
         say(f"distilling under {name} into {run.run_dir}")
-        results[name] = distil(run, setup, copy.deepcopy(start), say, measured)
-        if results[name] is None:
+        result = distil(run, setup, copy.deepcopy(start), say, measured)
+        if result is None:
             say(f"stopped; go on with this student by: abkd train {run.run_dir}/recipe.yaml resume=true")
             return False
+        results[name] = result
+        gc.collect()  # the trainer and its student refer to each other
     _report(recipe, setup.validation, measured, results, say)
     say(f"the demo took {(time.monotonic() - started) / 60:.1f} minutes")
     return True
-
-
-def _free_folder(path: Path) -> Path:
-    candidates = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in range(1, 10_000))
-    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _under(recipe: Recipe, divergence: dict[str, Any]) -> Recipe:
@@ -68,8 +53,8 @@ def _under(recipe: Recipe, divergence: dict[str, Any]) -> Recipe:
 
 
 def _report(recipe: Recipe, validation, measured: dict[str, Any], results: dict[str, Any], say: Say) -> None:
-    rows = {"teacher": measured["teacher"], "student before": measured["before"]}
-    rows |= {f"student after {name}": result["after"] for name, result in results.items()}
+    rows = {"teacher": measured["teacher"], "before": measured["before"]}
+    rows |= {f"after {name}": result["after"] for name, result in results.items()}
     for index, example in enumerate(validation[: recipe.evaluation.num_generated]):
         say(f"\nprompt: {example.question!r}")
         for name, row in rows.items():
@@ -84,10 +69,9 @@ def _report(recipe: Recipe, validation, measured: dict[str, Any], results: dict[
     student = folder / "alpha_beta" / "student"
     say(f"figure: {figure}")
     say(f"students: {folder}/*/student, in Hugging Face format. Load one in plain transformers:")
-    say(
-        f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{student}')"
-        "([{'role': 'user', 'content': 'Name three fruits.'}], max_new_tokens=40)[0]['generated_text'][-1]['content'])\""
-    )
+    question = "[{'role': 'user', 'content': 'Name three fruits.'}]"
+    pipeline = f"pipeline('text-generation', '{student}')({question}, max_new_tokens=40)"
+    say(f"  python -c \"from transformers import pipeline; print({pipeline}[0]['generated_text'][-1]['content'])\"")
 
 
 def _curves(

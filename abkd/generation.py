@@ -1,10 +1,11 @@
 """Sampling text from a causal language model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Completion(NamedTuple):
@@ -29,29 +30,38 @@ def generate(
 
     Args:
         prompts: complete model inputs: a chat template, where there is one, has been applied already.
-        max_new_tokens: at most this many tokens each; a completion also ends at the model's end token.
+        max_new_tokens: at most this many tokens each; a completion also ends at the tokenizer's end token.
         temperature: 0 is greedy decoding; above 0 samples from softmax(logits / temperature).
         seed: of the sampling; the caller's random state is left as it was.
         progress: called with the number of prompts of every finished batch.
     """
     completions: dict[int, Completion] = {}
     shortest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with _plain_decoding(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             indices = shortest_first[start : start + batch_size]
             batch = _generate_batch(model, tokenizer, [prompts[i] for i in indices], max_new_tokens, temperature)
             completions.update(zip(indices, batch, strict=True))
             progress(len(indices))
-    model.train(was_training)
     return [completions[index] for index in range(len(prompts))]
 
 
-def _generate_batch(
-    model, tokenizer, prompts: list[str], max_new_tokens: int, temperature: float
-) -> list[Completion]:
+@contextmanager
+def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and none of the checkpoint's own decoding options, such as a repetition penalty."""
+    was_training, own_options = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        model.generation_config = own_options
+
+
+def _generate_batch(model, tokenizer, prompts: list[str], max_new_tokens: int, temperature: float) -> list[Completion]:
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     width = max(map(len, encoded))
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

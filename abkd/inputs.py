@@ -55,4 +55,6 @@ def _check_resumable(recipe: Recipe, run_dir: RunDir) -> None:
     if asked != started:
         pairs = zip(asked.splitlines(), started.splitlines(), strict=False)
         now, then = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("another recipe", "its own"))
-        raise InputError(f"resume: {file} was started with {then!r}, not {now!r}; resume with: abkd train {file} resume=true")
+        raise InputError(
+            f"resume: {file} was started with {then!r}, not {now!r}; resume with: abkd train {file} resume=true"
+        )

@@ -1,6 +1,6 @@
 """The objective: mask, temperature, weights and the token count make one scalar. The only place that reduces."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class Objective:
             are. The divergence is not multiplied by temperature squared (as in the paper).
     """
 
-    divergence: Divergence = AlphaBeta()
+    divergence: Divergence = field(default_factory=AlphaBeta)
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     temperature: float = 1.0

@@ -141,6 +141,7 @@ def make_trainer(
         validation_examples=setup.validation,
         tokenizer=setup.tokenizer,
         callbacks=[MetricsWriter(run_dir.log), *callbacks],
+        group_by_length=options.group_by_length,
     )
     quiet(trainer)
     return trainer
@@ -155,7 +156,7 @@ def distil(
         measured: results of `teacher` and `before`, where they are known already.
 
     Returns:
-        The content of results.json; None if the run was interrupted.
+        The content of results.json (`training_s` is None for a resumed run); None if it was interrupted.
     """
     run_dir = RunDir(Path(recipe.run_dir))
     _check_disk(run_dir, student)
@@ -183,8 +184,8 @@ def distil(
     results = measured | {
         "after": measure(recipe, setup, student),
         "divergence": str(trainer.objective.divergence),
-        "num_steps": trainer.state.global_step,
-        "training_s": round(seconds, 1),
+        "num_steps": run_dir.last_step(),
+        "training_s": None if recipe.resume else round(seconds, 1),
     }
     run_dir.write_json(RESULTS, results)
     return results

@@ -63,6 +63,11 @@ class RunDir:
         with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 
+    def last_step(self) -> int:
+        """The step of the last line of metrics.jsonl; 0 without one."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
+
     def drop_metrics_after(self, step: int) -> None:
         """Forgets the lines logged after the checkpoint that a resumed run starts from, and a torn last line."""
         if not self.metrics.exists():

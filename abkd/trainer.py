@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with a teacher: another loss, another evaluation, checkpoints that are whole or named torn."""
+"""The Hugging Face Trainer with a teacher: another loss, another evaluation, checkpoints that are marked whole."""
 
 import shutil
 import signal
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from abkd.data.batches import Collator, batches_by_length
+from abkd.data.batches import Collator, LengthGroupedSampler, batches_by_length, num_tokens
 from abkd.data.instructions import Example
 from abkd.divergences import AlphaBeta, Divergence, ForwardKL, ReverseKL
 from abkd.errors import InputError
@@ -39,6 +39,7 @@ class DistillationTrainer(Trainer):
         objective: divergence, weights, temperature.
         train_examples, validation_examples: tokenised instructions.
         tokenizer: pads the batches, and is saved beside the student.
+        group_by_length: batches of examples of like length.
 
     The gradient of an optimiser step is that of the mean over all its counted tokens, however they are
     spread over micro-batches and ranks. Logs `loss`, its terms `kd` and `ce` (nats per token) and
@@ -56,9 +57,12 @@ class DistillationTrainer(Trainer):
         validation_examples: Sequence[Example],
         tokenizer: Any,
         callbacks: Sequence[TrainerCallback] = (),
+        group_by_length: bool = False,
     ):
         if args.n_gpu > 1:
-            raise InputError(f"{args.n_gpu} GPUs in one process are not supported; use torchrun, or CUDA_VISIBLE_DEVICES=0")
+            raise InputError(
+                f"{args.n_gpu} GPUs in one process are not supported; use torchrun, or CUDA_VISIBLE_DEVICES=0"
+            )
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False
         super().__init__(
@@ -72,6 +76,7 @@ class DistillationTrainer(Trainer):
         )
         self.teacher = teacher
         self.objective = objective
+        self.group_by_length = group_by_length
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the step's tokens
         self._logged = dict.fromkeys(("kd", "ce", "num_tokens"), 0.0)
 
@@ -105,6 +110,12 @@ class DistillationTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             return loss.total * self.accelerator.num_processes  # undone by the mean of gradients over ranks
         return loss.total
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler([num_tokens(example) for example in self.train_dataset], step_size, self.args.seed)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "validation"

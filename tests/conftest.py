@@ -11,7 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-CORPUS = [f"The {animal} likes {thing}." for animal in ("cat", "dog", "hen", "fox") for thing in ("milk", "rain", "sun")]
+CORPUS = [
+    f"The {animal} likes {thing}." for animal in ("cat", "dog", "hen", "fox") for thing in ("milk", "rain", "sun")
+]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -106,7 +108,7 @@ objective:
   divergence: {{kind: alpha_beta, alpha: 0.2, beta: 0.7}}
 training: {{num_steps: 4, batch_size: 2, learning_rate: 1.0e-3}}
 evaluation: {{batch_size: 4}}
-run_dir: "{tmp_path / 'run'}"
+run_dir: "{tmp_path / "run"}"
 """,
         encoding="utf-8",
     )

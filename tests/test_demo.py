@@ -5,8 +5,8 @@ import json
 import pytest
 
 from abkd.cli import main
-from abkd.data.instructions import read_instructions
 from abkd.config import RECIPES
+from abkd.data.instructions import read_instructions
 
 
 def test_the_demo_data_is_small_and_well_formed():
@@ -22,7 +22,7 @@ def test_the_quick_demo_distils_the_real_teacher(tmp_path, capsys):
     run_dir = tmp_path / "demo"
     assert main(["demo", "--quick", f"run_dir={run_dir}"]) == 0
     shown = capsys.readouterr().out
-    for text in ("teacher", "student before", "student after alpha-beta", "prompt:", "from transformers import pipeline"):
+    for text in ("teacher", "before", "after alpha-beta", "prompt:", "from transformers import pipeline"):
         assert text in shown
     assert (run_dir / "comparison.png").read_bytes().startswith(b"\x89PNG")
     for kind in ("forward_kl", "reverse_kl", "alpha_beta"):

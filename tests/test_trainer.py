@@ -28,9 +28,11 @@ def examples(count, tokenizer, seed=0):
     return made
 
 
-def make_trainer(tokenizer, folder, *, student=None, objective=None, count=8, callbacks=(), remember=False, **options):
+def make_trainer(tokenizer, folder, *, student=None, objective=None, count=8, callbacks=(), remember=False,
+                 grouped=False, **options):  # fmt: skip
     arguments = {
-        "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd",
+        "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.1,
+        "optim": "sgd",
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True, "report_to": "none", "logging_steps": 1,
         "save_strategy": "no", "disable_tqdm": True, "seed": 0,
     }  # fmt: skip
@@ -44,6 +46,7 @@ def make_trainer(tokenizer, folder, *, student=None, objective=None, count=8, ca
         validation_examples=examples(3, tokenizer, seed=1),
         tokenizer=tokenizer,
         callbacks=callbacks,
+        group_by_length=grouped,
     )
     quiet(trainer)
     return trainer
@@ -74,7 +77,11 @@ def test_one_batch_of_8_equals_4_of_2_uneven_ones_with_sgd(tokenizer, tmp_path, 
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         trainer = make_trainer(
-            tokenizer, tmp_path, student=student, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
+            tokenizer,
+            tmp_path,
+            student=student,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
         )
         start = weights(trainer)
         trainer.train()
@@ -115,7 +122,9 @@ def test_the_teacher_is_not_trained_and_a_frozen_head_stays(tokenizer, tmp_path)
     teacher_before = {n: p.clone() for n, p in trainer.teacher.model.named_parameters()}
     head_before, start = student.lm_head.weight.clone(), weights(trainer)
     trainer.train()
-    assert all(p.grad is None and torch.equal(p, teacher_before[n]) for n, p in trainer.teacher.model.named_parameters())
+    assert all(
+        p.grad is None and torch.equal(p, teacher_before[n]) for n, p in trainer.teacher.model.named_parameters()
+    )
     assert torch.equal(student.lm_head.weight, head_before)
     assert not torch.equal(weights(trainer), start)
 
@@ -132,15 +141,16 @@ def test_remembered_targets_train_as_computed_ones(tokenizer, tmp_path):
 ADAM = {"optim": "adamw_torch", "learning_rate": 3e-3, "per_device_train_batch_size": 2, "count": 12}
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tokenizer, tmp_path):
-    options = ADAM | {"max_steps": 9, "lr_scheduler_type": "linear"}
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one(tokenizer, tmp_path, grouped):
+    options = ADAM | {"max_steps": 19, "lr_scheduler_type": "linear", "grouped": grouped}
     whole = make_trainer(tokenizer, tmp_path / "whole", **options)
     whole.train()
-    saved = options | {"save_strategy": "steps", "save_steps": 4}
+    saved = options | {"save_strategy": "steps", "save_steps": 8}
     first = make_trainer(tokenizer, tmp_path / "parts", **saved)
     first.train()
     second = make_trainer(tokenizer, tmp_path / "parts", **saved)
-    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-8"))
     assert torch.equal(weights(whole), weights(first))
     assert torch.equal(weights(whole), weights(second))
 

@@ -1,5 +1,6 @@
 """Probability mass by the teacher's ranking: numbers in, numbers out."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class RankMassMeter:
         top, order = teacher.topk(edges[-1] - 1, dim=-1)  # ranks 1 .. last edge - 1, [N, K]
         for name, ranked in (("_teacher", top), ("_student", student.gather(-1, order))):
             sums = ranked.exp().double().sum(dim=0)
-            buckets = [sums[low - 1 : high - 1].sum() for low, high in zip(edges, edges[1:], strict=False)]
+            buckets = [sums[low - 1 : high - 1].sum() for low, high in itertools.pairwise(edges)]
             buckets.append(len(top) - sums.sum())
             buckets += [torch.zeros(())] * (len(RANK_EDGES) - len(edges))
             setattr(self, name, getattr(self, name) + torch.stack([bucket.double().cpu() for bucket in buckets]))
@@ -37,9 +38,7 @@ class RankMassMeter:
 
     def result(self) -> RankMass:
         num_tokens = max(self._num_tokens, 1)
-        labels = [
-            str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in zip(RANK_EDGES, RANK_EDGES[1:], strict=False)
-        ]
+        labels = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in itertools.pairwise(RANK_EDGES)]
         return RankMass(
             (*labels, f"{RANK_EDGES[-1]}+"),
             tuple((self._student / num_tokens).tolist()),

@@ -6,11 +6,17 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from abkd.analysis.mass import RankMass  # noqa: E402
+from abkd.analysis.mass import RankMass
 
-COLOURS = {"forward KL": "#0072B2", "reverse KL": "#D55E00", "alpha-beta": "#009E73", "teacher": "#000000", "before": "#999999"}
+COLOURS = {
+    "forward KL": "#0072B2",
+    "reverse KL": "#D55E00",
+    "alpha-beta": "#009E73",
+    "teacher": "#000000",
+    "before": "#999999",
+}
 """Okabe and Ito's palette: told apart with any kind of colour vision, and by the markers and hatches in print."""
 MARKERS = {"forward KL": "o", "reverse KL": "s", "alpha-beta": "^", "before": "x"}
 
@@ -30,7 +36,7 @@ def draw_comparison(
         for name, points in students.items():
             steps, values = zip(*points, strict=True)
             axis.plot(steps, values, label=name, color=COLOURS.get(name), marker=MARKERS.get(name), markersize=4)
-        axis.set(title=measure, xlabel="optimiser step")
+        axis.set(title=f"{measure} on validation", xlabel="optimiser step", ylabel="nats per token")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     _draw_masses(axes[-1], masses)

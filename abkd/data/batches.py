@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from abkd.data.instructions import Example
 from abkd.objective import IGNORED_LABEL
@@ -43,8 +44,37 @@ class Collator:
         }
 
 
+class LengthGroupedSampler(torch.utils.data.Sampler[int]):
+    """A random order in which examples of like length stand together; another one each epoch, the same for a seed.
+
+    Args:
+        lengths: of every example, tokens.
+        batch_size: examples per optimiser step: the size of the groups.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, also after a resume."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
 def batches_by_length(examples: Sequence[Example], collator: Collator, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Every example once, those of like length together, for evaluation."""
-    ordered = sorted(examples, key=lambda example: len(example.prompt_ids) + len(example.completion_ids))
+    ordered = sorted(examples, key=num_tokens)
     for start in range(0, len(ordered), batch_size):
         yield collator(ordered[start : start + batch_size])
+
+
+def num_tokens(example: Example) -> int:
+    """Length of the example, prompt and completion."""
+    return len(example.prompt_ids) + len(example.completion_ids)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def read_instructions(path: Path, field: str) -> list[Instruction]:
     """
     if not path.is_file():
         raise InputError(f"{field}: there is no file {str(path)!r}; give a JSONL file")
-    instructions = [_parse(line, f"{path}:{number}") for number, line in _lines(path, field) if line.strip()]
+    instructions = [_parse(line, f"{path}:{number}") for number, line in _lines(path, field) if line]
     if not instructions:
         raise InputError(f"{field}: {path} is empty; it must hold one JSON object a line: {FORMATS}")
     return instructions
@@ -147,13 +148,21 @@ def prompt_text(prompt: Sequence[dict[str, str]], tokenizer: Any, prompt_format:
 
 
 def _as_text(row: Instruction, tokenizer: Any, prompt_format: str) -> tuple[str, str]:
-    prompt = prompt_text(row.prompt, tokenizer, prompt_format)
     if prompt_format == "plain":
         if len(row.prompt) > 1:
             raise InputError(f"{row.origin}: a conversation needs data.prompt_format=chat")
-        return prompt, row.completion
+        return prompt_text(row.prompt, tokenizer, prompt_format), row.completion
+    from jinja2 import TemplateError
+
     messages = [*row.prompt, {"role": "assistant", "content": row.completion}]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        prompt = prompt_text(row.prompt, tokenizer, prompt_format)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise InputError(
+            f"{row.origin}: the tokenizer's chat template refuses the conversation ({error}); change the row, or use "
+            "data.prompt_format=plain"
+        ) from error
     if not whole.startswith(prompt):
         raise InputError(
             f"{row.origin}: the tokenizer's chat template does not continue its own generation prompt, so the "
@@ -170,19 +179,24 @@ def _completion_ids(completion: str, tokenizer: Any) -> list[int]:
 
 
 def _lines(path: Path, field: str) -> Iterator[tuple[int, str]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    number = 0
     try:
-        with opened as stream:
-            yield from enumerate(stream, start=1)
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"{field}: {path} cannot be read as UTF-8 text ({error}); save it again") from None
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start + 1} is {error.object[error.start]:#04x}"
+        raise InputError(f"{path}:{number}: not UTF-8 text ({place}); save the file as UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{field}: {path} cannot be read after line {number} ({error}); copy it again") from None
 
 
 def _parse(line: str, origin: str) -> Instruction:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{origin}: not valid JSON ({error}); one object a line: {FORMATS}") from None
+    except (ValueError, RecursionError) as error:
+        place = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise InputError(f"{origin}: not valid JSON ({place}); one object a line: {FORMATS}") from None
     if not isinstance(row, dict):
         raise InputError(f"{origin}: must be a JSON object, is {type(row).__name__}: {FORMATS}")
     if "messages" in row:
@@ -232,5 +246,9 @@ def _messages(row: dict, field: str, origin: str) -> list[dict[str, str]]:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise InputError(f"{origin}: field {field!r}[{index}] must be {{'role', 'content'}} with text as content")
         if message.get("role") not in ROLES:
-            raise InputError(f"{origin}: field {field!r}[{index}] has the role {message.get('role')!r}; use one of {ROLES}")
+            raise InputError(
+                f"{origin}: field {field!r}[{index}] has the role {message.get('role')!r}; use one of {ROLES}"
+            )
+        if message["role"] == "user":
+            _not_empty(message["content"], f"{field}[{index}]", origin)
     return [{"role": message["role"], "content": message["content"]} for message in messages]

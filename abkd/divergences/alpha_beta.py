@@ -133,13 +133,13 @@ def _finite_values(student: Tensor, teacher: Tensor, alpha: float, beta: float) 
     """u^2 exp[x0, x1, x2] (1) of finite logarithms."""
     s = alpha + beta
     u = teacher - student
-    low, middle, high = sorted((0.0, alpha, s))  # the nodes are s ln q + offset * u, in this or the reverse order
+    low, middle, high = sorted((0.0, alpha, s))  # the nodes are (s - offset) ln q + offset ln p, so ordered or reversed
     value = _series(u, alpha, s).mul_((s * student).exp_())
     if high > low:
         up, down = u.clamp(min=0), (-u).clamp_(min=0)
         top_gap = up * (high - middle) + down * (middle - low)
         low_gap = up.mul_(middle - low).add_(down, alpha=high - middle)
-        top = torch.maximum(low * u, high * u).add_(student, alpha=s).exp_()
+        top = torch.maximum(*((s - offset) * student + offset * teacher for offset in (low, high))).exp_()
         slopes = _exp_ratio(top_gap).sub_(_exp_ratio(low_gap).mul_((-top_gap).exp_()))
         far = slopes.mul_(top).div_(top_gap.add_(low_gap))
         value = torch.where(u.abs() * (high - low) > _SERIES_RANGE, far, value)
@@ -184,7 +184,7 @@ def _value_at_zero(log_other: Tensor, exponent: float, s: float) -> Tensor:
 
 
 def _series(u: Tensor, alpha: float, s: float) -> Tensor:
-    """exp[0, alpha u, s u] = sum_n h_n(alpha, s) u^n / (n + 2)!, for |alpha u|, |s u| <= 1; h_n complete homogeneous."""
+    """exp[0, alpha u, s u] = sum_n h_n(alpha, s) u^n / (n + 2)! where its arguments are at most 1; h_n: see docs."""
     num_terms = 13 if u.dtype == torch.float32 else 20
     coefficients, homogeneous, factorial = [], 1.0, 2.0
     for n in range(num_terms):

@@ -19,7 +19,8 @@ def find_model(path: str, field: str) -> Path | None:
         field: the recipe's field, named in the errors.
 
     Raises:
-        InputError: there is no such folder or package, or its configuration or weights are missing or torn.
+        InputError: there is no such folder or package, or its configuration or weights are missing or torn
+            (a torn GGUF file is found when it is loaded).
     """
     folder = find_path(path, field)
     if not folder.exists():
@@ -33,7 +34,9 @@ def find_model(path: str, field: str) -> Path | None:
         gguf_files = sorted(folder.glob("*.gguf"))
         if len(gguf_files) != 1:
             found = "no config.json" if not gguf_files else f"{len(gguf_files)} .gguf files"
-            raise InputError(f"{field}: {path!r} is not a model folder ({found}); give the folder that save_pretrained wrote")
+            raise InputError(
+                f"{field}: {path!r} is not a model folder ({found}); give the folder that save_pretrained wrote"
+            )
         _check_gguf(gguf_files[0], field)
         return gguf_files[0]
     _check_folder(folder, field)
@@ -41,17 +44,27 @@ def find_model(path: str, field: str) -> Path | None:
 
 
 def load_model(path: str, field: str, dtype: str = "float32"):
-    """The causal language model at `path` (see `find_model`) in evaluation mode, weights in `dtype`."""
+    """The causal language model at `path` (see `find_model`) in evaluation mode, weights in `dtype`.
+
+    Raises:
+        InputError: it cannot be read, or lacks a weight that its configuration asks for.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    arguments = {"dtype": getattr(torch, dtype)}
-    model = _from_pretrained(AutoModelForCausalLM, path, field, arguments)
+    arguments = {"dtype": getattr(torch, dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = _from_pretrained(AutoModelForCausalLM, path, field, arguments)
+    random = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if random:
+        raise InputError(
+            f"{field}: {path!r} lacks {len(random):,} of the weights that its configuration asks for, or has them in "
+            f"another size, first {random[0]}; give a whole causal language model"
+        )
     if getattr(model.config, "quantization_config", None) is None:
         return model.eval()
     # A model read from a GGUF file is marked as quantised and cannot be saved: move the weights to an unmarked one.
     del model.config.quantization_config
-    plain = type(model)(model.config).to(arguments["dtype"])
+    plain = type(model)._from_config(model.config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     plain.generation_config = model.generation_config
@@ -78,9 +91,10 @@ def _from_pretrained(auto_class, path: str, field: str, arguments: dict):
         name, arguments = str(found), arguments | {"local_files_only": True}
     try:
         return auto_class.from_pretrained(name, **arguments)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{field}: {path!r} cannot be loaded: {reason}") from error
+    except Exception as error:  # nothing of ours runs in there: whatever it is, it is about these files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+        way_out = "give one that is whole, with its tokenizer" if found else "check the name and the connection"
+        raise InputError(f"{field}: {auto_class.__name__} cannot load {path!r}: {reason}; {way_out}") from error
 
 
 def _check_folder(folder: Path, field: str) -> None:
@@ -89,16 +103,24 @@ def _check_folder(folder: Path, field: str) -> None:
     except ValueError:
         raise InputError(f"{field}: {folder / 'config.json'} is not valid JSON; copy the folder again") from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(f"{field}: {folder / 'config.json'} names no model_type; give a causal language model's folder")
+        raise InputError(
+            f"{field}: {folder / 'config.json'} names no model_type; give a causal language model's folder"
+        )
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise InputError(f"{field}: {str(folder)!r} holds no weights (*.safetensors); copy the folder again")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{field}: {index} is torn or no index of weights; copy it again") from None
         missing = sorted(named - {file.name for file in weights})
         if missing:
-            raise InputError(f"{field}: {str(folder)!r} misses {missing[0]} ({len(missing)} of {len(named)} weight files)")
+            raise InputError(
+                f"{field}: {str(folder)!r} misses {missing[0]} ({len(missing)} of {len(named)} weight files); "
+                "copy the folder again"
+            )
     for file in weights:
         if file.suffix == ".safetensors":
             _check_safetensors(file, field)
@@ -112,7 +134,7 @@ def _check_safetensors(file: Path, field: str) -> None:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length)) if length < size else {}
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (struct.error, ValueError, KeyError, TypeError):
+        except (struct.error, ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"{field}: {file} is torn or not a safetensors file; copy it again") from None
     if size != 8 + length + end:
         raise InputError(f"{field}: {file} is torn: {size:,} bytes of {8 + length + end:,}; copy it again")
@@ -121,4 +143,4 @@ def _check_safetensors(file: Path, field: str) -> None:
 def _check_gguf(file: Path, field: str) -> None:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise InputError(f"{field}: {file} is not a GGUF file; copy it again")
+            raise InputError(f"{field}: {file} is not a GGUF file; give a model folder or a whole .gguf file")

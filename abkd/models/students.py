@@ -22,13 +22,16 @@ def shrink(teacher: PreTrainedModel, keep_layers: int) -> PreTrainedModel:
     """
     path, layers = _layer_stack(teacher)
     if not 1 <= keep_layers <= len(layers):
-        raise InputError(f"student.keep_layers={keep_layers}: the teacher has {len(layers)} layers; use 1 to {len(layers)}")
+        raise InputError(
+            f"student.keep_layers={keep_layers}: the teacher has {len(layers)} layers; use 1 to {len(layers)}"
+        )
     kept = kept_layers(len(layers), keep_layers)
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = keep_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in kept]
-    student = type(teacher)(config).to(teacher.dtype)
+    for name, value in list(vars(config).items()):  # layer_types and its like say something of each layer
+        if "layer" in name and isinstance(value, list) and len(value) == len(layers):
+            setattr(config, name, [value[index] for index in kept])
+    student = type(teacher)._from_config(config, dtype=teacher.dtype)  # .to(dtype) would round the rotary frequencies
     renamed = {f"{path}.{source}.": f"{path}.{target}." for target, source in enumerate(kept)}
     state = {}
     for name, tensor in teacher.state_dict().items():
@@ -54,7 +57,9 @@ def _layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     stacks = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and len({type(layer) for layer in module}) == 1
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and len({type(layer) for layer in module}) == 1
     ]
     if len(stacks) != 1:
         raise InputError(

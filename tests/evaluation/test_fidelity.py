@@ -60,7 +60,11 @@ def test_rows_are_handed_on_as_log_probabilities():
     seen = []
     teacher = InProcessTeacher(make_llama(VOCAB, seed=2))
     fidelity(
-        make_llama(VOCAB), teacher.logits, batches(), DIVERGENCES, per_token=lambda student, teacher: seen.append((student, teacher))
+        make_llama(VOCAB),
+        teacher.logits,
+        batches(),
+        DIVERGENCES,
+        per_token=lambda student, teacher: seen.append((student, teacher)),
     )
     assert [len(student) for student, _ in seen] == [10, 2]
     for pair in seen:

@@ -12,4 +12,4 @@ def test_known_values():
 
 def test_the_best_reference_counts():
     assert rouge_l(["the sun"], [["rain", "the sun", "sun"]]) == 100
-    assert rouge_l(["" , "x"], [["y"], ["x"]]) == 50
+    assert rouge_l(["", "x"], [["y"], ["x"]]) == 50

@@ -1,0 +1,136 @@
+"""Whole runs through the command line in processes of their own: interrupted, killed, resumed, repeated."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from abkd import InputError, cli
+from abkd.rundir import RunDir
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "abkd", *map(str, arguments)]
+
+
+def run(*arguments):
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def stop_after(lines, number, run_dir, *arguments):
+    """Starts `abkd train`, sends the signal when metrics.jsonl has so many lines; (exit code, what it printed)."""
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = run_dir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= lines):
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+def student(run_dir):
+    return load_file(run_dir / "student" / "model.safetensors")
+
+
+def steps(run_dir):
+    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_killed_and_then_interrupted_goes_on_to_the_same_student(recipe_file, tmp_path):
+    options = ["training.num_steps=300", "training.save_every=40"]
+    whole, run_dir = tmp_path / "whole", tmp_path / "stopped"
+    done = run("train", recipe_file, *options, f"run_dir={whole}")
+    assert done.returncode == 0, done.stderr
+
+    stop_after(90, signal.SIGKILL, run_dir, "train", recipe_file, *options, f"run_dir={run_dir}")
+    assert not (run_dir / "student").exists()
+    refused = run("train", recipe_file, *options, f"run_dir={run_dir}")
+    assert refused.returncode == 2 and "exists and is never written over" in refused.stderr
+
+    resume = ["train", run_dir / "recipe.yaml", "resume=true"]
+    code, output = stop_after(200, signal.SIGINT, run_dir, *resume)
+    assert code == 130 and "Traceback" not in output
+    assert "going on from" in output and f"go on with: abkd train {run_dir / 'recipe.yaml'} resume=true" in output
+    assert not (run_dir / "student").exists()
+
+    resumed = run(*resume)
+    assert resumed.returncode == 0, resumed.stderr
+    expected, found = student(whole), student(run_dir)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert steps(run_dir) == steps(whole) == list(range(1, 301))
+    again = run(*resume)
+    assert again.returncode == 0 and "finished already" in again.stdout
+
+
+def test_a_run_stopped_while_it_measures_keeps_its_student(recipe_file, tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    assert cli.main(["train", str(recipe_file)]) == 0
+    results = run_dir.read_results()
+    (run_dir.path / "results.json").unlink()
+    assert cli.main(["train", str(run_dir.path / "recipe.yaml"), "resume=true"]) == 0
+    again = run_dir.read_results()
+    assert again["after"]["forward_kl"] == pytest.approx(results["after"]["forward_kl"], rel=1e-6)
+    assert again["before"] == results["before"] and again["num_steps"] == results["num_steps"] == 4
+
+
+def test_a_disk_that_is_too_small_is_refused_before_training(recipe_file, tmp_path, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    assert cli.main(["train", str(recipe_file)]) == 2
+    assert "GiB are free; free some, or give another folder with run_dir=PATH" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizers_that_differ_are_refused(recipe_file, tmp_path, capsys):
+    from conftest import make_llama, make_tokenizer
+
+    other = make_tokenizer(corpus=["quite other words here and there"])
+    folder = tmp_path / "student"
+    make_llama(len(other), layers=1).save_pretrained(folder)
+    other.save_pretrained(folder)
+    overrides = ["student.kind=pretrained", f"student.path={folder}"]
+    assert cli.main(["train", str(recipe_file), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "different tokenizers" in error and "to the student" in error
+
+
+def test_a_pretrained_student_of_the_family_trains(recipe_file, teacher_folder, tokenizer, tmp_path):
+    from conftest import make_gpt2
+
+    folder = tmp_path / "student"
+    make_gpt2(len(tokenizer), layers=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    overrides = [
+        "student.kind=pretrained",
+        f"student.path={folder}",
+        "evaluation.num_generated=2",
+        "teacher.remember=true",
+    ]
+    assert cli.main(["train", str(recipe_file), *overrides, "objective.ce_weight=0.5"]) == 0
+    results = RunDir(tmp_path / "run").read_results()
+    assert results["teacher"]["token_agreement"] == 1
+    assert len(results["after"]["answers"]) == 2 and 0 <= results["after"]["rouge_l"] <= 100
+    assert results["after"]["num_parameters"] < results["teacher"]["num_parameters"]
+
+
+def test_a_step_of_another_recipe_cannot_resume_a_run(recipe_file):
+    assert cli.main(["train", str(recipe_file)]) == 0
+    with pytest.raises(InputError, match="was started with 'num_steps: 4', not 'num_steps: 5'"):
+        from abkd.config import read_recipe
+        from abkd.inputs import check_inputs
+
+        check_inputs(read_recipe(str(recipe_file), ["training.num_steps=5", "resume=true"]))
