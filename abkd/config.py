@@ -80,7 +80,7 @@ Student = Annotated[Pretrained | Shrink, Field(discriminator="kind")]
 
 
 class Data(Section):
-    train: str
+    train: str = Field(min_length=1)
     """A JSONL file (.jsonl, .jsonl.gz) of instructions; package:NAME/PATH for one inside a package."""
     validation: str = ""
     """Another; empty holds out num_held_out rows of train, always the same ones."""

@@ -15,7 +15,7 @@ from abkd.inputs import Inputs
 from abkd.run import Say, distil, make_student, measure_before, prepare
 from abkd.rundir import RunDir
 
-DIVERGENCES = {
+DIVERGENCES: dict[str, dict[str, Any]] = {
     "forward KL": {"kind": "forward_kl"},
     "reverse KL": {"kind": "reverse_kl"},
     "alpha-beta": {"kind": "alpha_beta", "alpha": 0.2, "beta": 0.7},

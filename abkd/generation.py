@@ -24,7 +24,7 @@ def generate(
     temperature: float = 0.0,
     batch_size: int = 16,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda num_done: None,
+    progress: Callable[[int], object] = lambda num_done: None,
 ) -> list[Completion]:
     """One completion per prompt, in order, without prompt and special tokens.
 

@@ -68,6 +68,7 @@ class Objective:
         student_logits = student_logits.float()
         kd_sum = ce_sum = student_logits.sum() * 0.0 if len(labels) == 0 else student_logits.new_zeros(())
         if self.kd_weight > 0:
+            assert teacher_logits is not None
             per_token = self.divergence(
                 student=torch.log_softmax(student_logits / self.temperature, dim=-1),
                 teacher=torch.log_softmax(teacher_logits.float() / self.temperature, dim=-1),

@@ -209,9 +209,11 @@ def measure(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> dict
     batches = batches_by_length(setup.validation, Collator.of(setup.tokenizer), size)
     num_batches = -(-len(setup.validation) // size)
     bar = tqdm(batches, total=num_batches, desc="measuring", unit="batch", leave=False)
-    result = fidelity(model, setup.teacher.logits, bar, VALIDATION_DIVERGENCES, per_token=meter)
-    result["rank_mass"] = meter.result()._asdict()
-    result["num_parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    result: dict[str, Any] = {
+        **fidelity(model, setup.teacher.logits, bar, VALIDATION_DIVERGENCES, per_token=meter),
+        "rank_mass": meter.result()._asdict(),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
     asked = setup.validation[: recipe.evaluation.num_generated]
     if asked:
         result["answers"] = answer(recipe, setup, model)

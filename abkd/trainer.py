@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from abkd.data.batches import Collator, LengthGroupedSampler, batches_by_length, num_tokens
@@ -45,6 +45,8 @@ class DistillationTrainer(Trainer):
     spread over micro-batches and ranks. Logs `loss`, its terms `kd` and `ce` (nats per token) and
     `num_tokens`. A loss that is not finite stops the training with a message.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -153,7 +155,7 @@ class DistillationTrainer(Trainer):
 class MetricsWriter(TrainerCallback):
     """Hands every log line, step included, to a function."""
 
-    def __init__(self, write: Callable[[Mapping[str, Any]], None]):
+    def __init__(self, write: Callable[[dict[str, Any]], None]):
         self.write = write
 
     def on_log(self, args, state, control, logs=None, **kwargs):
