@@ -1,5 +1,6 @@
 """A recipe becomes objects, the objects train, and the folder of the run says what came out."""
 
+import json
 import os
 import shutil
 import time
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
@@ -168,19 +170,16 @@ def distil(
     measured = measured or run_dir.read_json(BEFORE) or measure_before(recipe, setup, student)
     run_dir.write_json(BEFORE, measured)
     started = time.monotonic()
-    if not run_dir.student.exists():
-        checkpoints = run_dir.whole_checkpoints()
-        if recipe.resume:
-            run_dir.drop_metrics_after(int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else -1)
-            say(f"going on from {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet: starting over")
-        with stop:
-            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
-        if stop.interrupted:
-            return None
-        _save_student(student, setup.tokenizer, run_dir)
+    if trained := _trained_weights(run_dir):
+        student.load_state_dict(load_model(str(trained), "run_dir").state_dict())
     else:
-        student.load_state_dict(load_model(str(run_dir.student), "run_dir").state_dict())
+        with stop:
+            _train_from_last_checkpoint(trainer, run_dir, say)
+        if trainer.state.global_step < trainer.state.max_steps:
+            return None
     seconds = time.monotonic() - started
+    if not run_dir.student.exists():
+        _save_student(student, setup.tokenizer, run_dir)
     results = measured | {
         "after": measure(recipe, setup, student),
         "divergence": str(trainer.objective.divergence),
@@ -189,6 +188,28 @@ def distil(
     }
     run_dir.write_json(RESULTS, results)
     return results
+
+
+def _trained_weights(run_dir: RunDir) -> Path | None:
+    """The folder of a student that has had all its steps, if the run got that far."""
+    if run_dir.student.exists():
+        return run_dir.student
+    for checkpoint in run_dir.whole_checkpoints()[-1:]:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if state["global_step"] >= state["max_steps"]:  # the Trainer would take one step too many
+            return checkpoint
+    return None
+
+
+def _train_from_last_checkpoint(trainer: DistillationTrainer, run_dir: RunDir, say: Say) -> None:
+    checkpoints = run_dir.whole_checkpoints()
+    if not checkpoints:
+        run_dir.drop_metrics_after(-1)
+        trainer.train()
+        return
+    say(f"going on from {checkpoints[-1]}")
+    run_dir.drop_metrics_after(int(checkpoints[-1].name.rpartition("-")[2]))
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]))
 
 
 def measure_before(recipe: config.Recipe, setup: Setup, student: PreTrainedModel) -> dict[str, Any]:
@@ -243,8 +264,15 @@ def _save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Written aside and renamed: the folder `student` is whole or absent."""
     part = run_dir.path / ".student.part"
     shutil.rmtree(part, ignore_errors=True)
-    student.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    try:
+        student.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise InputError(
+            f"run_dir: the student cannot be written to {str(run_dir.path)!r} ({error}); "
+            "free some disk, then go on with resume=true"
+        ) from error
     os.replace(part, run_dir.student)
 
 

@@ -87,6 +87,18 @@ def test_a_run_stopped_while_it_measures_keeps_its_student(recipe_file, tmp_path
     assert again["before"] == results["before"] and again["num_steps"] == results["num_steps"] == 4
 
 
+def test_a_run_stopped_at_its_last_checkpoint_takes_no_step_more(recipe_file, tmp_path):
+    """5 steps of 2 in epochs of 4 steps: the last checkpoint is in the middle of an epoch."""
+    run_dir = RunDir(tmp_path / "run")
+    assert cli.main(["train", str(recipe_file), "training.num_steps=5", "training.save_every=1"]) == 0
+    expected = student(run_dir.path)
+    shutil.rmtree(run_dir.student)
+    (run_dir.path / "results.json").unlink()
+    assert cli.main(["train", str(run_dir.path / "recipe.yaml"), "resume=true"]) == 0
+    assert all(torch.equal(expected[name], tensor) for name, tensor in student(run_dir.path).items())
+    assert steps(run_dir.path) == [1, 2, 3, 4, 5]
+
+
 def test_a_disk_that_is_too_small_is_refused_before_training(recipe_file, tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
