@@ -44,12 +44,19 @@ class RunDir:
         return self.path / METRICS
 
     def check_new(self) -> None:
-        """Refuses a path that exists: a run is never written over."""
+        """Refuses a path that exists, for a run is never written over, or that cannot be made."""
         if self.path.exists():
             raise InputError(
                 f"run_dir: {str(self.path)!r} exists and is never written over; "
                 "give another with run_dir=PATH, or go on with it by resume=true"
             )
+        try:
+            self.path.mkdir(parents=True)
+            self.path.rmdir()
+        except OSError as error:
+            raise InputError(
+                f"run_dir: {str(self.path)!r} cannot be made ({error.strerror}); give another with run_dir=PATH"
+            ) from None
 
     def create(self, recipe: str) -> None:
         """Makes the folder and writes the recipe and the environment."""

@@ -26,7 +26,7 @@ from abkd.errors import InputError
 _SERIES_RANGE = 1.0  # nodes closer together than this are summed as a power series in u
 _TINY_EXPONENT = 1e-20  # below it (p^a - q^a)/a is ln p - ln q to rounding, for any finite logs
 _TINY_GAP = 1e-30  # (1 - e^-gap) / gap is 1 to rounding there, and not yet 0/0
-_BLOCK_ELEMENTS = 2**16  # temporaries of one block stay in a CPU core's cache
+_BLOCK_ELEMENTS = 2**20  # temporaries of one block stay in a CPU's last cache; see docs/decisions.md
 
 
 def alpha_beta(*, student: Tensor, teacher: Tensor, alpha: float, beta: float) -> Tensor:
