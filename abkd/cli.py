@@ -4,6 +4,7 @@ Only config and errors are imported at the top: `abkd --help` and a recipe's mis
 """
 
 import argparse
+import errno
 import itertools
 import json
 import sys
@@ -35,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         for line in str(error).splitlines():
             print(f"abkd: {line}", file=sys.stderr)
+        return USERS_MISTAKE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"abkd: the disk is full ({error}); free some, then go on with resume=true", file=sys.stderr)
         return USERS_MISTAKE
     except KeyboardInterrupt:
         print("\nabkd: interrupted", file=sys.stderr)

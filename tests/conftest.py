@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+NUM_THREADS = torch.get_num_threads()
 CORPUS = [
     f"The {animal} likes {thing}." for animal in ("cat", "dog", "hen", "fox") for thing in ("milk", "rain", "sun")
 ]
@@ -65,8 +66,10 @@ def make_gpt2(vocab_size: int, layers: int = 4, seed: int = 0) -> GPT2LMHeadMode
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed_and_threads(request):
+    """One thread but for the real model: on a busy machine, threads over tiny tensors only wait for each other."""
     torch.manual_seed(0)
+    torch.set_num_threads(NUM_THREADS if request.node.get_closest_marker("wheel") else 1)
 
 
 @pytest.fixture(scope="session")
@@ -94,10 +97,9 @@ def data_file(tmp_path_factory):
     return file
 
 
-@pytest.fixture
-def recipe_file(tmp_path, teacher_folder, data_file):
-    """A small valid recipe: 4-layer teacher, 2-layer student, 4 steps."""
-    file = tmp_path / "recipe.yaml"
+def write_recipe(folder, teacher_folder, data_file):
+    """A small valid recipe in `folder`: 4-layer teacher, 2-layer student, 4 steps, run_dir folder/run."""
+    file = folder / "recipe.yaml"
     file.write_text(
         f"""# a tiny recipe for tests
 task: language_model
@@ -108,8 +110,13 @@ objective:
   divergence: {{kind: alpha_beta, alpha: 0.2, beta: 0.7}}
 training: {{num_steps: 4, batch_size: 2, learning_rate: 1.0e-3}}
 evaluation: {{batch_size: 4}}
-run_dir: "{tmp_path / "run"}"
+run_dir: "{folder / "run"}"
 """,
         encoding="utf-8",
     )
     return file
+
+
+@pytest.fixture
+def recipe_file(tmp_path, teacher_folder, data_file):
+    return write_recipe(tmp_path, teacher_folder, data_file)

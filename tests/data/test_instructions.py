@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 from conftest import make_tokenizer
@@ -140,9 +139,7 @@ MALFORMED = {
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_a_malformed_row_is_refused_with_file_line_and_field(tmp_path, kind):
     row, reason = MALFORMED[kind]
-    file = write(tmp_path, GOOD, GOOD, row, GOOD)
-    if kind == "torn JSON":
-        file = write(tmp_path, GOOD, GOOD, row)
+    file = write(tmp_path, GOOD, GOOD, row)
     assert refusal(file) == f"{file}:3: {reason}"
 
 
@@ -193,7 +190,7 @@ def test_held_out_rows_are_random_always_the_same_and_in_order():
     rest, held_out = hold_out(every, 10, "data.num_held_out")
     assert (rest, held_out) == hold_out(every, 10, "data.num_held_out")
     assert [row for row in every if row in rest] == rest and [row for row in every if row in held_out] == held_out
-    assert len(held_out) == 10 and set(rest) | set(held_out) == set(every)
+    assert (len(rest), len(held_out)) == (30, 10) and not [row for row in rest if row in held_out]
     assert held_out != every[:10] and held_out != every[-10:]
 
 
@@ -331,13 +328,3 @@ def test_a_conversation_needs_the_chat_format(tokenizer):
     row = Instruction((user("a"), assistant("b"), user("c")), "d", "f:1")
     with pytest.raises(InputError, match=r"^f:1: a conversation needs data\.prompt_format=chat$"):
         encode([row], tokenizer, **OPTIONS | {"prompt_format": "plain"})
-
-
-def test_the_reader_is_fast_enough_to_run_before_anything_else(tmp_path):
-    """Ten thousand rows in well under the second that a user waits for `abkd check`."""
-    import time
-
-    file = write(tmp_path, *[GOOD] * 10_000)
-    started = time.process_time()
-    assert len(read_instructions(Path(file), "data.train")) == 10_000
-    assert time.process_time() - started < 1
