@@ -164,8 +164,8 @@ def distil(
     _check_disk(run_dir, student)
     if not recipe.resume:
         run_dir.create(recipe.to_yaml())
-    stop = StopOnInterrupt(say)
-    trainer = make_trainer(recipe, setup, student, run_dir, [stop, ProgressBar(run_dir.path.name)])
+    stop, bar = StopOnInterrupt(say), ProgressBar(run_dir.path.name)
+    trainer = make_trainer(recipe, setup, student, run_dir, [stop, bar])
     setup.teacher.model.to(trainer.args.device)
     measured = measured or run_dir.read_json(BEFORE) or measure_before(recipe, setup, student)
     run_dir.write_json(BEFORE, measured)
@@ -173,7 +173,7 @@ def distil(
     if trained := _trained_weights(run_dir):
         student.load_state_dict(load_model(str(trained), "run_dir").state_dict())
     else:
-        with stop:
+        with stop, bar:
             _train_from_last_checkpoint(trainer, run_dir, say)
         if trainer.state.global_step < trainer.state.max_steps:
             return None

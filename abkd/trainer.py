@@ -164,11 +164,18 @@ class MetricsWriter(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over the steps, with the last logged loss and validation."""
+    """One bar over the steps, with the last logged loss. As a context manager it is closed whatever happens."""
 
     def __init__(self, description: str):
         self.description = description
         self.bar: tqdm | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar is not None:
+            self.bar.close()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -181,10 +188,6 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is not None and "loss" in logs:
             self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
 
 
 class StopOnInterrupt(TrainerCallback):

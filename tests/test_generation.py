@@ -101,6 +101,12 @@ def test_sampling_draws_from_the_softmax_of_the_logits_by_the_temperature(tokeni
     assert torch.allclose(shares, expected, atol=0.03)  # five standard deviations of a share
 
 
+def test_sampling_draws_from_the_whole_vocabulary(tokenizer):
+    model = successor_model(tokenizer, {"A": {}})  # every token is as probable
+    drawn = generate(model, tokenizer, ["A"] * 3000, max_new_tokens=1, temperature=1.0, batch_size=3000)
+    assert len({completion.text for completion in drawn}) > 90  # of 300 tokens; many are not text by themselves
+
+
 def test_the_checkpoints_own_decoding_options_play_no_part(tokenizer):
     model = make_llama(len(tokenizer))
     plain = generate(model, tokenizer, PROMPTS, max_new_tokens=12)

@@ -302,6 +302,7 @@ def test_a_model_from_a_gguf_file_is_a_plain_one(gguf_file, tokenizer, tmp_path)
     assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
     assert model.lm_head.weight is model.model.embed_tokens.weight and not model.training
     model.save_pretrained(tmp_path / "saved")
+    assert "quantization" not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
     assert torch.equal(load_model(str(tmp_path / "saved"), "x")(input_ids).logits, expected(input_ids).logits)
 
 
