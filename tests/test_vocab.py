@@ -33,6 +33,15 @@ def test_one_more_token_is_a_difference(tokenizer):
         check_same_vocabulary(student=tokenizer, teacher=longer)
 
 
+def test_as_many_tokens_are_not_the_same_tokens():
+    student, teacher = make_tokenizer(), make_tokenizer()
+    student.add_tokens(["<ours>"])
+    teacher.add_tokens(["<theirs>"])
+    expected = f"id {len(teacher) - 1} is '<ours>' to the student, '<theirs>' to the teacher"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        check_same_vocabulary(student=student, teacher=teacher)
+
+
 def test_rows_of_logits_must_have_one_width():
     check_same_width(student=make_llama(300, layers=1), teacher=make_llama(300, layers=2))
     with pytest.raises(InputError) as caught:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from abkd.data.batches import Collator, batches_by_length
+from abkd.data.batches import Collator, LengthGroupedSampler, batches_by_length
 from abkd.data.instructions import Example, Instruction, encode
 
 PAD, END = 1, 0
@@ -61,3 +61,26 @@ def test_evaluation_batches_hold_every_example_once_like_lengths_together():
     batches = list(batches_by_length(examples, Collator(PAD), batch_size=3))
     assert [batch["example_ids"].tolist() for batch in batches] == [[2, 6, 1], [4, 3, 0], [5]]
     assert [batch["input_ids"].shape[1] for batch in batches] == [5, 10, 10]
+
+
+def test_the_grouped_order_has_every_index_once_and_goes_by_seed_and_epoch():
+    lengths = [index % 13 + 1 for index in range(100)]
+
+    def order(seed, epoch=0):
+        sampler = LengthGroupedSampler(lengths, batch_size=4, seed=seed)
+        sampler.set_epoch(epoch)
+        assert len(sampler) == 100
+        return list(sampler)
+
+    assert sorted(order(1)) == list(range(100))
+    assert order(1) == order(1) and order(1, epoch=2) == order(1, epoch=2)
+    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
+def test_the_grouped_order_puts_like_lengths_into_one_batch():
+    lengths = torch.randperm(400).tolist()
+    order = list(LengthGroupedSampler(lengths, batch_size=4, seed=0))
+    spreads = [max(batch) - min(batch) for batch in torch.tensor(lengths)[order].split(4)]
+    assert sum(spreads) / len(spreads) < 20  # 240 where lengths play no part
+    means = [sum(batch) / 4 for batch in torch.tensor(lengths)[order].split(4)]
+    assert means != sorted(means) and means != sorted(means, reverse=True)
