@@ -18,7 +18,7 @@ from abkd.rundir import RECIPE, RunDir
 QUICK = (
     "data.max_train_rows=12",
     "data.max_validation_rows=4",
-    "training.num_steps=3",
+    "training.num_steps=2",
     "training.warmup_steps=0",
     "training.validate_every=0",
     "evaluation.num_generated=2",

@@ -27,7 +27,7 @@ def test_the_quick_demo_distils_the_real_teacher(tmp_path, capsys):
     assert (run_dir / "comparison.png").read_bytes().startswith(b"\x89PNG")
     for kind in ("forward_kl", "reverse_kl", "alpha_beta"):
         results = json.loads((run_dir / kind / "results.json").read_text(encoding="utf-8"))
-        assert results["num_steps"] == 3
+        assert results["num_steps"] == 2
         assert results["teacher"]["forward_kl"] == pytest.approx(0, abs=1e-6)
         assert results["after"]["forward_kl"] != results["before"]["forward_kl"]
         assert sum(results["after"]["rank_mass"]["student"]) == pytest.approx(1, abs=1e-4)
@@ -36,7 +36,7 @@ def test_the_quick_demo_distils_the_real_teacher(tmp_path, capsys):
         [json.loads(line)["num_tokens"] for line in (run_dir / kind / "metrics.jsonl").read_text().splitlines()]
         for kind in ("forward_kl", "reverse_kl", "alpha_beta")
     ]
-    assert batches[0] == batches[1] == batches[2] and len(batches[0]) == 3
+    assert batches[0] == batches[1] == batches[2] and len(batches[0]) == 2
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
