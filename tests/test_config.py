@@ -291,19 +291,9 @@ RECIPE_CONTENTS = st.fixed_dictionaries(
 )
 
 
-SMALLEST = {
-    "task": "language_model",
-    "teacher": {"path": "a"},
-    "student": {"kind": "shrink", "keep_layers": 1},
-    "data": {"train": "b"},
-    "objective": {"divergence": {"kind": "forward_kl"}},
-    "training": {"num_steps": 1, "learning_rate": 1.0},
-}
-
-
 @settings(max_examples=60, deadline=None)
 @given(content=RECIPE_CONTENTS)
-@example(content=SMALLEST | {"run_dir": "caf\u00e9\u0085\U0001f600"})
+@example(content=MINIMAL | {"run_dir": "caf\u00e9\u0085\U0001f600"})
 def test_a_resolved_recipe_reads_back_equal(content, tmp_path_factory):
     recipe = parse_recipe(content)
     file = tmp_path_factory.getbasetemp() / "resolved.yaml"

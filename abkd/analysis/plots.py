@@ -17,7 +17,7 @@ COLOURS = {
     "teacher": "#000000",
     "before": "#999999",
 }
-"""Okabe and Ito's palette: told apart with any kind of colour vision, and by the markers and hatches in print."""
+"""Okabe and Ito's palette: told apart with any kind of colour vision; curves by their markers too."""
 MARKERS = {"forward KL": "o", "reverse KL": "s", "alpha-beta": "^", "before": "x"}
 
 
