@@ -16,13 +16,14 @@ from abkd.errors import InputError
 from abkd.rundir import RECIPE, RunDir
 
 QUICK = (
-    "data.max_train_rows=12",
-    "data.max_validation_rows=4",
+    "data.max_train_rows=2",
+    "data.max_validation_rows=2",
     "training.num_steps=2",
+    "training.batch_size=1",
     "training.warmup_steps=0",
     "training.validate_every=0",
-    "evaluation.num_generated=2",
-    "evaluation.max_new_tokens=16",
+    "evaluation.num_generated=1",
+    "evaluation.max_new_tokens=12",
 )
 """What `abkd demo --quick` changes."""
 DONE, USERS_MISTAKE, INTERRUPTED = 0, 2, 130
@@ -188,7 +189,7 @@ def _free_folder(path: Path) -> Path:
 
 
 def _interrupted(run_dir: str) -> int:
-    _say(f"stopped; go on with: abkd train {Path(run_dir) / RECIPE} resume=true")
+    _say(f"stopped; go on with: {RunDir(Path(run_dir)).how_to_go_on}")
     return INTERRUPTED
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def run_demo(recipe: Recipe, inputs: Inputs, say: Say) -> bool:
         say(f"distilling under {name} into {run.run_dir}")
         result = distil(run, setup, copy.deepcopy(start), say, measured)
         if result is None:
-            say(f"stopped; go on with this student by: abkd train {run.run_dir}/recipe.yaml resume=true")
+            say(f"stopped; go on with this student by: {RunDir(Path(run.run_dir)).how_to_go_on}")
             return False
         results[name] = result
         gc.collect()  # the trainer and its student refer to each other
@@ -81,8 +80,7 @@ def _curves(
     curves = {}
     for name, result in results.items():
         points = {0: measured["before"][key]}
-        lines = RunDir(folder / DIVERGENCES[name]["kind"]).metrics.read_text(encoding="utf-8").splitlines()
-        for record in map(json.loads, lines):
+        for record in RunDir(folder / DIVERGENCES[name]["kind"]).read_metrics():
             if f"validation_{key}" in record:
                 points[record["step"]] = record[f"validation_{key}"]
         points[result["num_steps"]] = result["after"][key]

@@ -43,6 +43,11 @@ class RunDir:
     def metrics(self) -> Path:
         return self.path / METRICS
 
+    @property
+    def how_to_go_on(self) -> str:
+        """The command that resumes an interrupted run."""
+        return f"abkd train {self.path / RECIPE} resume=true"
+
     def check_new(self) -> None:
         """Refuses a path that exists, for a run is never written over, or that cannot be made."""
         if self.path.exists():
@@ -70,23 +75,25 @@ class RunDir:
         with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest first; a line torn by a crash is left out."""
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else ():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
     def last_step(self) -> int:
         """The step of the last line of metrics.jsonl; 0 without one."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        return json.loads(lines[-1])["step"] if lines else 0
+        return max((record["step"] for record in self.read_metrics()), default=0)
 
     def drop_metrics_after(self, step: int) -> None:
         """Forgets the lines logged after the checkpoint that a resumed run starts from, and a torn last line."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue
-        self._replace(METRICS, "".join(kept))
+        kept = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
+        if self.metrics.exists():
+            self._replace(METRICS, "".join(kept))
 
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints that were written to their end, oldest first."""

@@ -60,15 +60,9 @@ def load_model(path: str, field: str, dtype: str = "float32"):
             f"{field}: {path!r} lacks {len(random):,} of the weights that its configuration asks for, or has them in "
             f"another size, first {random[0]}; give a whole causal language model"
         )
-    if getattr(model.config, "quantization_config", None) is None:
-        return model.eval()
-    # A model read from a GGUF file is marked as quantised and cannot be saved: move the weights to an unmarked one.
-    del model.config.quantization_config
-    plain = type(model)._from_config(model.config, dtype=model.dtype)
-    plain.load_state_dict(model.state_dict())
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    return plain.eval()
+    if getattr(model, "quantization_method", None) == "gguf":  # its weights are plain; so marked it cannot be saved
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.eval()
 
 
 def load_tokenizer(path: str, field: str):
