@@ -7,7 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from abkd.divergences import AlphaBeta, ForwardKL, ReverseKL, alpha_beta, forward_kl, reverse_kl
+    from abkd.divergences import AlphaBeta, ForwardKL, ReverseKL
+    from abkd.divergences.alpha_beta import alpha_beta, forward_kl, reverse_kl
     from abkd.errors import InputError
     from abkd.objective import Objective
     from abkd.teachers.in_process import InProcessTeacher

@@ -137,7 +137,7 @@ def _eval(options: argparse.Namespace) -> int:
         )
     recipe = read_recipe(recipe_name, options.overrides)
     recipe = parse_recipe(
-        recipe.model_dump() | {"student": {"kind": "pretrained", "path": student}, "resume": False, "run_dir": "-"}
+        recipe.to_dict() | {"student": {"kind": "pretrained", "path": student}, "resume": False, "run_dir": "-"}
     )
     from abkd.inputs import check_inputs
 

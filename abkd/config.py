@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from abkd import ranges
 from abkd.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -26,12 +27,41 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class Ramp(Section):
+    """An exponent that moves during training."""
+
+    start: Real = Field(alias="from")
+    """At the first step."""
+    end: Real = Field(alias="to")
+    """At the last step."""
+    shape: Literal["constant", "linear", "cosine"] = "linear"
+    """constant stays at `from`."""
+
+
+Exponent = Annotated[
+    Annotated[Real, Tag("number")] | Annotated[Ramp, Tag("ramp")],
+    Discriminator(lambda value: "ramp" if isinstance(value, (dict, Ramp)) else "number"),
+]
+
+
 class AlphaBeta(Section):
     kind: Literal["alpha_beta"]
-    alpha: Real = 0.2
-    """Hardness-concentration: smaller chases large errors harder. Any finite number; 0 to 1 is the useful range."""
-    beta: Real = 0.7
-    """Confidence-concentration: larger trusts the student's confidence more. Any finite number; 0 to 1 is useful."""
+    alpha: Exponent = 0.2
+    """Hardness-concentration: smaller chases large errors harder. Any finite number; 0 to 1 is the useful range.
+    Or {from, to, shape}: moves over the training."""
+    beta: Exponent = 0.7
+    """Confidence-concentration: larger trusts the student's confidence more. Any finite number; 0 to 1 is useful.
+    Or {from, to, shape}."""
+
+
+class _InRange(Section):
+    """A divergence whose parameters `ranges` checks."""
+
+    @model_validator(mode="after")
+    def _in_range(self):
+        parameters = self.model_dump()
+        ranges.check(parameters.pop("kind"), **parameters)
+        return self
 
 
 class ForwardKL(Section):
@@ -42,7 +72,82 @@ class ReverseKL(Section):
     kind: Literal["reverse_kl"]
 
 
-Divergence = Annotated[AlphaBeta | ForwardKL | ReverseKL, Field(discriminator="kind")]
+class SymmetricKL(Section):
+    kind: Literal["symmetric_kl"]
+
+
+class JSD(_InRange):
+    kind: Literal["jsd"]
+    mix: Real = 0.5
+    """The teacher's share of the mixture, between 0 and 1; the beta of GKD and TRL."""
+
+
+class SkewedForwardKL(_InRange):
+    kind: Literal["skewed_forward_kl"]
+    mix: Real = 0.1
+    """The teacher's share of the mixture, between 0 and 1; DistiLLM's lambda."""
+
+
+class SkewedReverseKL(_InRange):
+    kind: Literal["skewed_reverse_kl"]
+    mix: Real = 0.9
+    """The teacher's share of the mixture, between 0 and 1; 1 - DistiLLM's lambda."""
+
+
+class TotalVariation(Section):
+    kind: Literal["total_variation"]
+
+
+class WSD(_InRange):
+    kind: Literal["wsd"]
+    forward_weight: Real = 0.5
+    reverse_weight: Real = 0.5
+
+
+class AKL(_InRange):
+    kind: Literal["akl"]
+    head_mass: Real = 0.5
+    """The teacher's mass that makes the head, between 0 and 1."""
+
+
+class BDKD(_InRange):
+    kind: Literal["bdkd"]
+    gain: Real = 2.0
+    """On forward KL where the teacher has more entropy, on reverse KL where the student has; above 1."""
+
+
+class AlphaNet(_InRange):
+    kind: Literal["alphanet"]
+    alpha_low: Real = -1.0
+    alpha_high: Real = 1.0
+
+
+class AlphaMixture(_InRange):
+    kind: Literal["alpha_mixture"]
+    alpha: Real = 0.2
+    beta: Real = 0.7
+    mix: Real = 0.1
+    """The teacher's share of the assistant, between 0 and 1; AMiD's lambda."""
+    order: Real = -1.0
+    """AMiD's alpha: -1 is the arithmetic mixture, 1 the geometric one."""
+
+
+Divergence = Annotated[
+    AlphaBeta
+    | ForwardKL
+    | ReverseKL
+    | SymmetricKL
+    | JSD
+    | SkewedForwardKL
+    | SkewedReverseKL
+    | TotalVariation
+    | WSD
+    | AKL
+    | BDKD
+    | AlphaNet
+    | AlphaMixture,
+    Field(discriminator="kind"),
+]
 
 
 class InProcess(Section):
@@ -115,12 +220,21 @@ class Objective(Section):
     ce_weight: NonNegative = 0.0
     """Of the cross-entropy with the data."""
     temperature: Positive = 1.0
-    """Divides the logits of both before the divergence; no factor of its square."""
+    """Divides the logits of both before the divergence."""
+    teacher_temperature: Positive | None = None
+    """Of the teacher's logits, where it is another one; then temperature is the student's alone."""
+    temperature_gradient_scale: Literal["none", "squared"] = "none"
+    """squared multiplies the divergence by temperature squared, as torchdistill, timm and ModelOpt do."""
 
     @model_validator(mode="after")
     def _something_to_learn(self):
         if self.kd_weight == self.ce_weight == 0:
             raise ValueError("kd_weight and ce_weight are both 0: nothing to learn; set one above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _one_temperature_to_square(self):
+        ranges.temperatures(self.temperature, self.teacher_temperature, self.temperature_gradient_scale)
         return self
 
 
@@ -187,9 +301,13 @@ class Recipe(Section):
     resume: bool = False
     """Go on with the run in run_dir from its last whole checkpoint."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe under the keys of a recipe file; `parse_recipe` reads it back to an equal one."""
+        return self.model_dump(by_alias=True)
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `read_recipe` reads it back to an equal one."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
 def recipe_names() -> dict[str, str]:
@@ -266,7 +384,7 @@ def _explain(content: dict[str, Any], error: Any) -> str:
     path, value, model = _walk(content, error["loc"])
     field = ".".join(path) or "recipe"
     if error["type"] == "extra_forbidden":
-        names = sorted(model.model_fields) if model else []
+        names = sorted(field.alias or name for name, field in model.model_fields.items()) if model else []
         close = difflib.get_close_matches(path[-1], names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{field}: unknown key; {hint}known here are {', '.join(names)}"
@@ -296,6 +414,8 @@ def _walk(content: Any, loc: tuple) -> tuple[list[str], Any, type[BaseModel] | N
     for part in loc:
         if isinstance(value, dict) and part not in value and value.get("kind") == part:
             continue  # the tag of a union, not a key
+        if part in ("number", "ramp") and holder is AlphaBeta:
+            continue
         path.append(str(part))
         value = value.get(part) if isinstance(value, dict) else value
         holder, model = model, _model_of(model, part, value)
@@ -308,6 +428,8 @@ def _model_of(model: Any, name: Any, value: Any) -> Any:
         return None
     annotation = model.model_fields[name].annotation
     for member in typing.get_args(annotation) or (annotation,):
+        if typing.get_origin(member) is Annotated:
+            member = typing.get_args(member)[0]
         if not (isinstance(member, type) and issubclass(member, BaseModel)):
             continue
         kind = member.model_fields.get("kind")

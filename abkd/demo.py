@@ -45,7 +45,7 @@ def run_demo(recipe: Recipe, inputs: Inputs, say: Say) -> bool:
 
 
 def _under(recipe: Recipe, divergence: dict[str, Any]) -> Recipe:
-    content = recipe.model_dump()
+    content = recipe.to_dict()
     content["objective"]["divergence"] = divergence
     content["run_dir"] = str(Path(recipe.run_dir) / divergence["kind"])
     return parse_recipe(content)

@@ -17,7 +17,7 @@ from abkd import config
 from abkd.analysis.mass import RankMassMeter
 from abkd.data.batches import Collator, batches_by_length
 from abkd.data.instructions import EncodingCounts, Example, encode
-from abkd.divergences import KINDS
+from abkd.divergences import KINDS, AlphaBetaSchedule, Divergence, Ramp
 from abkd.errors import InputError
 from abkd.evaluation.fidelity import fidelity
 from abkd.evaluation.rouge import rouge_l
@@ -97,8 +97,18 @@ def make_student(recipe: config.Recipe, setup: Setup) -> PreTrainedModel:
 
 
 def make_objective(section: config.Objective) -> Objective:
-    divergence = KINDS[section.divergence.kind](**section.divergence.model_dump(exclude={"kind"}))
-    return Objective(divergence, section.kd_weight, section.ce_weight, section.temperature)
+    return Objective(make_divergence(section.divergence), **section.model_dump(exclude={"divergence"}))
+
+
+def make_divergence(section: config.Divergence) -> Divergence | AlphaBetaSchedule:
+    parameters = {
+        name: Ramp(value.start, value.end, value.shape) if isinstance(value, config.Ramp) else value
+        for name, value in section
+        if name != "kind"
+    }
+    if any(isinstance(value, Ramp) for value in parameters.values()):
+        return AlphaBetaSchedule(**parameters)
+    return KINDS[section.kind](**parameters)
 
 
 def make_trainer(

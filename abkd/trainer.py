@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from abkd.data.batches import Collator, LengthGroupedSampler, batches_by_length, num_tokens
 from abkd.data.instructions import Example
-from abkd.divergences import AlphaBeta, Divergence, ForwardKL, ReverseKL
+from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence, ForwardKL, ReverseKL
 from abkd.errors import InputError
 from abkd.evaluation.fidelity import fidelity
 from abkd.head import completion_logits
@@ -42,8 +42,8 @@ class DistillationTrainer(Trainer):
         group_by_length: batches of examples of like length.
 
     The gradient of an optimiser step is that of the mean over all its counted tokens, however they are
-    spread over micro-batches and ranks. Logs `loss`, its terms `kd` and `ce` (nats per token) and
-    `num_tokens`. A loss that is not finite stops the training with a message.
+    spread over micro-batches and ranks. Logs `loss`, its terms `kd` and `ce` (nats per token),
+    `num_tokens` and, under a schedule, `alpha` and `beta`. A loss that is not finite stops the training with a message.
     """
 
     control: TrainerControl
@@ -80,6 +80,7 @@ class DistillationTrainer(Trainer):
         self.objective = objective
         self.group_by_length = group_by_length
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the step's tokens
+        self._exponents: dict[str, float] = {}
         self._logged = dict.fromkeys(("kd", "ce", "num_tokens"), 0.0)
 
     def compute_loss(
@@ -95,7 +96,9 @@ class DistillationTrainer(Trainer):
         teacher_logits = None
         if self.objective.kd_weight > 0:
             teacher_logits = self.teacher.logits(**batch, example_ids=example_ids).to(labels.device)
-        loss = self.objective(
+        if isinstance(self.objective.divergence, AlphaBetaSchedule):
+            self._exponents = self.objective.divergence.at(self._progress()).parameters  # the last used are logged
+        loss = self.objective.at(self._progress())(
             student_logits=completion_logits(model, **batch),
             teacher_logits=teacher_logits,
             labels=labels[:, 1:][mask],
@@ -112,6 +115,10 @@ class DistillationTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             return loss.total * self.accelerator.num_processes  # undone by the mean of gradients over ranks
         return loss.total
+
+    def _progress(self) -> float:
+        """Of the training: 0 at its first step, 1 at its last."""
+        return min(1.0, self.state.global_step / max(self.state.max_steps - 1, 1))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.group_by_length:
@@ -136,6 +143,7 @@ class DistillationTrainer(Trainer):
             sums, self._logged = self._logged, dict.fromkeys(self._logged, 0.0)
             num_tokens = max(sums["num_tokens"], 1)
             logs |= {"kd": sums["kd"] / num_tokens, "ce": sums["ce"] / num_tokens, "num_tokens": sums["num_tokens"]}
+            logs |= self._exponents
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

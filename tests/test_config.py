@@ -93,15 +93,17 @@ def test_an_unknown_section_is_refused_with_the_one_that_was_meant(minimal_file)
     assert refusal(minimal_file, "tranining.num_steps=3") == [line]
 
 
+DIVERGENCE_KINDS = (
+    "'alpha_beta', 'forward_kl', 'reverse_kl', 'symmetric_kl', 'jsd', 'skewed_forward_kl', 'skewed_reverse_kl', "
+    "'total_variation', 'wsd', 'akl', 'bdkd', 'alphanet', 'alpha_mixture'"
+)
 WRONG_KINDS = {
     "student.kind=tiny": "student.kind: 'tiny' is unknown; use one of 'pretrained', 'shrink'",
     "student={keep_layers: 2}": "student.kind: missing; use one of 'pretrained', 'shrink'",
     "objective.divergence.kind=jensen": (
-        "objective.divergence.kind: 'jensen' is unknown; use one of 'alpha_beta', 'forward_kl', 'reverse_kl'"
+        f"objective.divergence.kind: 'jensen' is unknown; use one of {DIVERGENCE_KINDS}"
     ),
-    "objective.divergence={alpha: 1}": (
-        "objective.divergence.kind: missing; use one of 'alpha_beta', 'forward_kl', 'reverse_kl'"
-    ),
+    "objective.divergence={alpha: 1}": (f"objective.divergence.kind: missing; use one of {DIVERGENCE_KINDS}"),
     "teacher={kind: server, path: x}": "teacher.kind: 'server' is refused: input should be 'in_process'",
 }
 
@@ -306,3 +308,42 @@ def test_a_resolved_recipe_reads_back_equal(content, tmp_path_factory):
 def test_a_recipe_cannot_be_changed_in_place(minimal_file):
     with pytest.raises(ValueError, match="frozen"):
         read_recipe(str(minimal_file)).training.seed = 3
+
+
+RAMPS = {
+    "{from: 0.8}": "objective.divergence.alpha.to: missing; add it to the recipe or the command line",
+    "{from: 0.8, to: x}": (
+        "objective.divergence.alpha.to: 'x' is refused: input should be a valid number, "
+        "unable to parse string as a number"
+    ),
+    "{from: 0.8, to: 0.2, shap: linear}": (
+        "objective.divergence.alpha.shap: unknown key; did you mean 'shape'? known here are from, shape, to"
+    ),
+}
+
+
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_a_wrong_ramp_is_refused_in_one_line(minimal_file, ramp):
+    assert refusal(minimal_file, f"objective.divergence={{kind: alpha_beta, alpha: {ramp}}}") == [RAMPS[ramp]]
+
+
+def test_a_ramp_survives_the_resolved_recipe(minimal_file):
+    ramp = "{from: 0.8, to: 0.2, shape: cosine}"
+    recipe = read_recipe(str(minimal_file), [f"objective.divergence={{kind: alpha_beta, alpha: {ramp}}}"])
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert recipe.to_dict()["objective"]["divergence"]["alpha"] == {"from": 0.8, "to": 0.2, "shape": "cosine"}
+
+
+@pytest.mark.parametrize(
+    "section, line",
+    [
+        ("{kind: skewed_reverse_kl, mix: 1}", "mix=1 is reverse_kl"),
+        ("{kind: bdkd, gain: 1}", "gain=1 is symmetric_kl"),
+        ("{kind: wsd, reverse_weight: 0}", "reverse_weight=0 is forward_kl times the other weight"),
+        ("{kind: akl, head_mass: 0}", "all in the tail reverse_kl"),
+    ],
+)
+def test_a_parameter_out_of_range_is_refused_with_the_way_out(minimal_file, section, line):
+    (found,) = refusal(minimal_file, f"objective.divergence={section}")
+    assert found.startswith("objective.divergence: ")
+    assert found.endswith(line)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from abkd import AlphaBeta, ForwardKL, InputError, Objective
+from abkd.divergences import AlphaBetaSchedule, Ramp
 from abkd.objective import completion_mask
 
 VOCAB = 11
@@ -79,10 +80,44 @@ def test_half_logits_are_softmaxed_in_fp32():
         ({"kd_weight": -1.0}, "kd_weight must be finite and >= 0, got -1.0"),
         ({"ce_weight": float("nan")}, "ce_weight must be finite and >= 0, got nan"),
         ({"kd_weight": 0.0}, "kd_weight and ce_weight are both 0"),
-        ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
-        ({"temperature": float("inf")}, "temperature must be finite and > 0, got inf"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"teacher_temperature": -1.0}, "teacher_temperature must be above 0, got -1.0"),
+        ({"temperature_gradient_scale": "cubed"}, "temperature_gradient_scale must be none or squared, got 'cubed'"),
+        (
+            {"temperature": 2.0, "teacher_temperature": 3.0, "temperature_gradient_scale": "squared"},
+            "temperature_gradient_scale=squared needs one temperature",
+        ),
+        ({"temperature": float("inf")}, "temperature must be a finite number, got inf"),
     ],
 )
 def test_refusals(options, message):
     with pytest.raises(InputError, match=message):
         Objective(**options)
+
+
+def test_each_side_has_its_temperature():
+    student, teacher, labels = rows()
+    loss = loss_of(Objective(ForwardKL(), temperature=2.0, teacher_temperature=4.0), student, teacher, labels, 5)
+    q, p = (student.float() / 2).log_softmax(-1), (teacher.float() / 4).log_softmax(-1)
+    torch.testing.assert_close(loss.kd_sum, torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
+
+
+def test_the_squared_scale_multiplies_the_total_and_not_the_cross_entropy_nor_the_measured_sum():
+    student, teacher, labels = rows()
+    plain, squared = (
+        loss_of(
+            Objective(ForwardKL(), ce_weight=1.0, temperature=3.0, temperature_gradient_scale=scale),
+            student, teacher, labels, 5,
+        )
+        for scale in ("none", "squared")
+    )  # fmt: skip
+    assert plain.kd_sum == squared.kd_sum
+    torch.testing.assert_close(squared.total, (9 * plain.kd_sum + plain.ce_sum) / 5)
+
+
+def test_a_schedule_is_resolved_before_the_loss():
+    student, teacher, labels = rows()
+    objective = Objective(AlphaBetaSchedule(Ramp(0.8, 0.2), 0.5))
+    assert objective.at(1.0) == Objective(AlphaBeta(0.2, 0.5))
+    with pytest.raises(InputError, match="call objective.at"):
+        loss_of(objective, student, teacher, labels, 5)

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from abkd import AlphaBeta, DistillationTrainer, ForwardKL, InProcessTeacher, InputError, Objective
 from abkd.data.instructions import Example
+from abkd.divergences import AlphaBetaSchedule, Ramp
 from abkd.models.students import shrink
 from abkd.trainer import MetricsWriter, ProgressBar, StopOnInterrupt, quiet
 
@@ -223,3 +224,11 @@ def test_the_second_ctrl_c_stops_at_once():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_alpha_goes_from_its_first_value_to_its_last_and_is_logged(tokenizer, tmp_path):
+    objective = Objective(AlphaBetaSchedule(Ramp(0.5, -0.5), 0.5))
+    trainer = make_trainer(tokenizer, tmp_path, objective=objective, max_steps=5)
+    trainer.train()
+    logged = [(line["alpha"], line["beta"]) for line in trainer.state.log_history if "loss" in line]
+    assert logged == [(0.5, 0.5), (0.25, 0.5), (0.0, 0.5), (-0.25, 0.5), (-0.5, 0.5)]

@@ -1,0 +1,46 @@
+"""alpha and beta that move during training, across the limit lines if need be: every point of the plane is ordinary."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from abkd import ranges
+from abkd.divergences.kinds import AlphaBeta
+from abkd.errors import InputError
+
+SHAPES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """From `start` to `end` over the training; a constant one stays at `start`."""
+
+    start: float
+    end: float
+    shape: Literal["constant", "linear", "cosine"] = "linear"
+
+    def __post_init__(self):
+        ranges.finite("start", self.start)
+        ranges.finite("end", self.end)
+        if self.shape not in SHAPES:
+            raise InputError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+
+    def at(self, progress: float) -> float:
+        """The value at `progress`, 0 at the first step, 1 at the last; exactly `start` and `end` there."""
+        done = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[self.shape]
+        return (1 - done) * self.start + done * self.end
+
+
+@dataclass(frozen=True)
+class AlphaBetaSchedule:
+    """`AlphaBeta` with an exponent that moves, or two."""
+
+    alpha: float | Ramp = 0.2
+    beta: float | Ramp = 0.7
+
+    def __post_init__(self):
+        self.at(0.0)
+
+    def at(self, progress: float) -> AlphaBeta:
+        """The divergence at `progress`, 0 to 1, of the training."""
+        return AlphaBeta(*(x.at(progress) if isinstance(x, Ramp) else x for x in (self.alpha, self.beta)))

@@ -1,0 +1,114 @@
+"""What the parameters of divergences and calibrations may be. No torch: recipes are checked with the same functions."""
+
+import math
+from collections.abc import Callable
+
+from abkd.errors import InputError
+
+MIX_ENDS = {
+    "jsd": (
+        "0 whatever the student, and divided by mix it is forward_kl",
+        "0, and divided by 1 - mix it is reverse_kl",
+    ),
+    "skewed_forward_kl": ("forward_kl", "0 whatever the student"),
+    "skewed_reverse_kl": ("0 whatever the student", "reverse_kl"),
+    "alpha_mixture": ("alpha_beta", "0 whatever the student"),
+}
+"""kind -> what it is at mix=0 and at mix=1."""
+
+
+def finite(name: str, value: float) -> float:
+    """`value` as a float, where it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def positive(name: str, value: float) -> float:
+    """`value` as a float, where it is finite and above 0."""
+    if finite(name, value) <= 0:
+        raise InputError(f"{name} must be above 0, got {value!r}")
+    return float(value)
+
+
+def mixture(kind: str, mix: float) -> float:
+    """`mix`, where it lies between 0 and 1, both excluded: the ends have names of their own."""
+    if not 0 < finite("mix", mix) < 1:
+        at_zero, at_one = MIX_ENDS[kind]
+        raise InputError(
+            f"mix must lie between 0 and 1, both excluded, got {mix!r}; mix=0 is {at_zero}; mix=1 is {at_one}"
+        )
+    return float(mix)
+
+
+def _weights(forward_weight: float, reverse_weight: float) -> None:
+    for name, value, other in (
+        ("forward_weight", forward_weight, "reverse_kl"),
+        ("reverse_weight", reverse_weight, "forward_kl"),
+    ):
+        if finite(name, value) <= 0:
+            raise InputError(f"{name} must be above 0, got {value!r}; {name}=0 is {other} times the other weight")
+
+
+def _head_mass(head_mass: float) -> None:
+    if not 0 < finite("head_mass", head_mass) < 1:
+        raise InputError(
+            f"head_mass must lie between 0 and 1, both excluded, got {head_mass!r}; "
+            "all classes in the head is forward_kl, all in the tail reverse_kl"
+        )
+
+
+def _gain(gain: float) -> None:
+    if finite("gain", gain) <= 1:
+        raise InputError(f"gain must be above 1, got {gain!r}; gain=1 is symmetric_kl")
+
+
+def _two_alphas(alpha_low: float, alpha_high: float) -> None:
+    if not finite("alpha_low", alpha_low) < finite("alpha_high", alpha_high):
+        raise InputError(
+            f"alpha_low must be below alpha_high, got {alpha_low!r} and {alpha_high!r}; one alpha alone is "
+            "alpha_beta with beta = 1 - alpha"
+        )
+
+
+def _all_finite(**parameters: float) -> None:
+    for name, value in parameters.items():
+        finite(name, value)
+
+
+def _alpha_mixture(mix: float, **others: float) -> None:
+    mixture("alpha_mixture", mix)
+    _all_finite(**others)
+
+
+_CHECKS: dict[str, Callable[..., object]] = {
+    "alpha_beta": _all_finite,
+    "jsd": lambda mix: mixture("jsd", mix),
+    "skewed_forward_kl": lambda mix: mixture("skewed_forward_kl", mix),
+    "skewed_reverse_kl": lambda mix: mixture("skewed_reverse_kl", mix),
+    "alpha_mixture": _alpha_mixture,
+    "wsd": _weights,
+    "akl": _head_mass,
+    "bdkd": _gain,
+    "alphanet": _two_alphas,
+}
+
+
+def check(kind: str, **parameters: float) -> None:
+    """Refuses what a divergence of this kind cannot take. Raises InputError, which names the way out."""
+    if kind in _CHECKS:
+        _CHECKS[kind](**parameters)
+
+
+def temperatures(temperature: float, teacher_temperature: float | None, gradient_scale: str) -> None:
+    """Both above 0; their square is one factor only where they are one value."""
+    positive("temperature", temperature)
+    if teacher_temperature is not None:
+        positive("teacher_temperature", teacher_temperature)
+    if gradient_scale not in ("none", "squared"):
+        raise InputError(f"temperature_gradient_scale must be none or squared, got {gradient_scale!r}")
+    if gradient_scale == "squared" and teacher_temperature not in (None, temperature):
+        raise InputError(
+            f"temperature_gradient_scale=squared needs one temperature, got {temperature!r} and "
+            f"teacher_temperature={teacher_temperature!r}; use none, and kd_weight for a factor of your own"
+        )
