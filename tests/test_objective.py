@@ -119,5 +119,5 @@ def test_a_schedule_is_resolved_before_the_loss():
     student, teacher, labels = rows()
     objective = Objective(AlphaBetaSchedule(Ramp(0.8, 0.2), 0.5))
     assert objective.at(1.0) == Objective(AlphaBeta(0.2, 0.5))
-    with pytest.raises(InputError, match="call objective.at"):
+    with pytest.raises(InputError, match=r"call objective\.at"):
         loss_of(objective, student, teacher, labels, 5)
