@@ -384,7 +384,7 @@ def _explain(content: dict[str, Any], error: Any) -> str:
     path, value, model = _walk(content, error["loc"])
     field = ".".join(path) or "recipe"
     if error["type"] == "extra_forbidden":
-        names = sorted(field.alias or name for name, field in model.model_fields.items()) if model else []
+        names = sorted(_keys(model))
         close = difflib.get_close_matches(path[-1], names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{field}: unknown key; {hint}known here are {', '.join(names)}"
@@ -407,15 +407,19 @@ def _kinds(model: Any, field: str) -> list[str]:
     return [kind for member in members for kind in typing.get_args(member.model_fields["kind"].annotation)]
 
 
+def _keys(model: Any) -> list[str]:
+    """The keys of a section as a recipe writes them."""
+    return [field.alias or name for name, field in model.model_fields.items()] if model else []
+
+
 def _walk(content: Any, loc: tuple) -> tuple[list[str], Any, type[BaseModel] | None]:
     """(the keys as the user wrote them, the value there, the model that holds the last key)."""
     path: list[str] = []
     value, model, holder = content, Recipe, Recipe
     for part in loc:
-        if isinstance(value, dict) and part not in value and value.get("kind") == part:
-            continue  # the tag of a union, not a key
-        if part in ("number", "ramp") and holder is AlphaBeta:
-            continue
+        is_written = isinstance(value, dict) and part in value
+        if not is_written and part not in _keys(model):
+            continue  # the tag of a union
         path.append(str(part))
         value = value.get(part) if isinstance(value, dict) else value
         holder, model = model, _model_of(model, part, value)

@@ -1,4 +1,4 @@
-"""What the parameters of divergences and calibrations may be. No torch: recipes are checked with the same functions."""
+"""What the parameters of divergences and the temperatures may be. No torch: recipes are checked here too."""
 
 import math
 from collections.abc import Callable
@@ -96,7 +96,7 @@ _CHECKS: dict[str, Callable[..., object]] = {
 
 def check(kind: str, **parameters: float) -> None:
     """Refuses what a divergence of this kind cannot take. Raises InputError, which names the way out."""
-    if kind in _CHECKS:
+    if parameters:
         _CHECKS[kind](**parameters)
 
 

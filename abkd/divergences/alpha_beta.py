@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from abkd import ranges
 from abkd.divergences.exp_difference import exp_difference
+from abkd.divergences.rows import matching_rows
 from abkd.errors import InputError
 
 _SERIES_RANGE = 1.0  # nodes closer together than this are summed as a power series in u
@@ -63,15 +64,11 @@ def alpha_beta(*, student: Tensor, teacher: Tensor, alpha: float | Tensor, beta:
     Source: Wang et al., "ABKD", ICML 2025, Def. 4.1 and App. B, Eq. 8; gradient: Eq. 132.
         Cichocki, Cruces and Amari, "Generalized alpha-beta divergences", Entropy 13(1), 2011.
     """
-    if student.shape != teacher.shape:
-        raise InputError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape [..., vocab]"
-        )
+    student, teacher = matching_rows(student, teacher)
     exponents = [_exponent("alpha", alpha, student), _exponent("beta", beta, student)]
     if any(exponent.dim() > 0 for exponent in exponents):
         exponents = [exponent.to(student.device).expand(student.shape[:-1]) for exponent in exponents]
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    return _AlphaBeta.apply(student.to(dtype), teacher.to(dtype), *exponents)
+    return _AlphaBeta.apply(student, teacher, *exponents)
 
 
 def forward_kl(*, student: Tensor, teacher: Tensor) -> Tensor:
@@ -103,13 +100,12 @@ class _AlphaBeta(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         student, teacher, alpha, beta = ctx.saved_tensors
         given, exchanged = (student, teacher, alpha, beta), (teacher, student, beta, alpha)  # (3)
-        needed = ctx.needs_input_grad
-        grad = grad.unsqueeze(-1)
+        needed, class_grad = ctx.needs_input_grad, -grad.unsqueeze(-1)
         return (
-            _by_classes(_class_weights, *given).mul_(-grad) if needed[0] else None,
-            _by_classes(_class_weights, *exchanged).mul_(-grad) if needed[1] else None,
-            _by_rows(_alpha_slopes, *given).to(alpha.dtype).mul_(grad.squeeze(-1)) if needed[2] else None,
-            _by_rows(_alpha_slopes, *exchanged).to(beta.dtype).mul_(grad.squeeze(-1)) if needed[3] else None,
+            _by_classes(_class_weights, *given).mul_(class_grad) if needed[0] else None,
+            _by_classes(_class_weights, *exchanged).mul_(class_grad) if needed[1] else None,
+            _by_rows(_alpha_slopes, *given).to(alpha.dtype).mul_(grad) if needed[2] else None,
+            _by_rows(_alpha_slopes, *exchanged).to(beta.dtype).mul_(grad) if needed[3] else None,
         )
 
 

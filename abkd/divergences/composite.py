@@ -8,6 +8,7 @@ from torch import Tensor
 
 from abkd import ranges
 from abkd.divergences.alpha_beta import alpha_beta, forward_kl, reverse_kl
+from abkd.divergences.rows import matching_rows
 
 
 def symmetric_kl(*, student: Tensor, teacher: Tensor) -> Tensor:
@@ -36,8 +37,7 @@ def total_variation(*, student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: as a distillation loss: Wen et al., "f-divergence minimization for sequence-level KD", ACL 2023.
     """
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    student, teacher = student.to(dtype), teacher.to(dtype)
+    student, teacher = matching_rows(student, teacher)
     both_zero = student.isneginf() & teacher.isneginf()
     q, p = student.masked_fill(both_zero, 0.0), teacher.masked_fill(both_zero, 0.0)
     gap = -torch.maximum(p, q).exp() * torch.expm1(-(p - q).abs())  # |p - q| without cancellation
@@ -58,6 +58,7 @@ def akl(*, student: Tensor, teacher: Tensor, head_mass: float = 0.5) -> Tensor:
         0.5, so that its head may fall short of it, and its scripts run another loss under this name.
     """
     ranges.check("akl", head_mass=head_mass)
+    student, teacher = matching_rows(student, teacher)
     with torch.no_grad():
         p, q = teacher.double().exp(), student.double().exp()
         descending, order = p.sort(dim=-1, descending=True)
@@ -81,6 +82,7 @@ def bdkd(*, student: Tensor, teacher: Tensor, gain: float = 2.0) -> Tensor:
         fixed teacher. The reference code of ABKD takes gain 3 under a comment that says 2.
     """
     ranges.check("bdkd", gain=gain)
+    student, teacher = matching_rows(student, teacher)
     with torch.no_grad():
         teacher_entropy, student_entropy = (torch.special.entr(x.double().exp()).sum(-1) for x in (teacher, student))
     forward, reverse = forward_kl(student=student, teacher=teacher), reverse_kl(student=student, teacher=teacher)

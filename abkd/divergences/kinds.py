@@ -23,8 +23,12 @@ class Divergence:
         InputError: a parameter is out of its range.
     """
 
-    kind: ClassVar[str]
     function: ClassVar[Callable[..., Tensor]]
+    kind: ClassVar[str]
+    """The function's name."""
+
+    def __init_subclass__(cls):
+        cls.kind = cls.function.__name__
 
     def __post_init__(self):
         ranges.check(self.kind, **self.parameters)
@@ -44,28 +48,28 @@ class AlphaBeta(Divergence):
 
     alpha: float = 0.2
     beta: float = 0.7
-    kind, function = "alpha_beta", alpha_beta
+    function = alpha_beta
 
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
     """`forward_kl`, KL(teacher || student)."""
 
-    kind, function = "forward_kl", forward_kl
+    function = forward_kl
 
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
     """`reverse_kl`, KL(student || teacher)."""
 
-    kind, function = "reverse_kl", reverse_kl
+    function = reverse_kl
 
 
 @dataclass(frozen=True)
 class SymmetricKL(Divergence):
     """`symmetric_kl`, the sum of both KLs."""
 
-    kind, function = "symmetric_kl", symmetric_kl
+    function = symmetric_kl
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class JSD(Divergence):
     """`jsd`; mix is the teacher's share."""
 
     mix: float = 0.5
-    kind, function = "jsd", jsd
+    function = jsd
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class SkewedForwardKL(Divergence):
     """`skewed_forward_kl`; mix is the teacher's share, DistiLLM's lambda."""
 
     mix: float = 0.1
-    kind, function = "skewed_forward_kl", skewed_forward_kl
+    function = skewed_forward_kl
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,14 @@ class SkewedReverseKL(Divergence):
     """`skewed_reverse_kl`; mix is the teacher's share, 1 - DistiLLM's lambda."""
 
     mix: float = 0.9
-    kind, function = "skewed_reverse_kl", skewed_reverse_kl
+    function = skewed_reverse_kl
 
 
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
     """`total_variation`, half of the L1 distance."""
 
-    kind, function = "total_variation", total_variation
+    function = total_variation
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class WSD(Divergence):
 
     forward_weight: float = 0.5
     reverse_weight: float = 0.5
-    kind, function = "wsd", wsd
+    function = wsd
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class AKL(Divergence):
     """`akl`, both KLs weighted by where the rows differ."""
 
     head_mass: float = 0.5
-    kind, function = "akl", akl
+    function = akl
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class BDKD(Divergence):
     """`bdkd`, both KLs weighted by which row has more entropy."""
 
     gain: float = 2.0
-    kind, function = "bdkd", bdkd
+    function = bdkd
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class AlphaNet(Divergence):
 
     alpha_low: float = -1.0
     alpha_high: float = 1.0
-    kind, function = "alphanet", alphanet
+    function = alphanet
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class AlphaMixture(Divergence):
     beta: float = 0.7
     mix: float = 0.1
     order: float = -1.0
-    kind, function = "alpha_mixture", alpha_mixture
+    function = alpha_mixture
 
 
 KINDS: dict[str, type[Divergence]] = {

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from abkd import ranges
 from abkd.divergences.alpha_beta import alpha_beta
+from abkd.divergences.rows import matching_rows
 
 _SERIES_RANGE = 1.0
 
@@ -34,6 +35,7 @@ def jsd(*, student: Tensor, teacher: Tensor, mix: float = 0.5) -> Tensor:
         under the name of the symmetric one.
     """
     ranges.check("jsd", mix=mix)
+    student, teacher = matching_rows(student, teacher)
     forward = _kl_to_mixture(teacher, student, mix)
     reverse = _kl_to_mixture(student, teacher, 1 - mix)
     return mix * forward + (1 - mix) * reverse
@@ -49,6 +51,7 @@ def skewed_forward_kl(*, student: Tensor, teacher: Tensor, mix: float = 0.1) -> 
         reference codes leave the teacher's entropy out.
     """
     ranges.check("skewed_forward_kl", mix=mix)
+    student, teacher = matching_rows(student, teacher)
     return _kl_to_mixture(teacher, student, mix)
 
 
@@ -61,6 +64,7 @@ def skewed_reverse_kl(*, student: Tensor, teacher: Tensor, mix: float = 0.9) -> 
     Source: Ko et al., "DistiLLM", ICML 2024 (SRKL, lambda 0.1).
     """
     ranges.check("skewed_reverse_kl", mix=mix)
+    student, teacher = matching_rows(student, teacher)
     return _kl_to_mixture(student, teacher, 1 - mix)
 
 
@@ -75,6 +79,8 @@ def alpha_mixture(
 ) -> Tensor:
     """`alpha_beta` of the teacher from r ~ (mix p^k + (1 - mix) q^k)^(1/k), k = (1 - order)/2, r normalised.
 
+    Shapes as in `alpha_beta`.
+
     Args:
         alpha, beta: as in `alpha_beta`.
         mix: the teacher's share of the mixture, 0 < mix < 1; the lambda of AMiD.
@@ -84,12 +90,11 @@ def alpha_mixture(
         A class at -inf in both rows adds nothing; for order >= 1 a class at -inf in one row is at -inf in r.
         The gradient passes through r, by autograd, and is never NaN; at the edges of `alpha_beta` as there.
 
-    Source: Shin et al., "AMiD: knowledge distillation for LLMs with alpha-mixture assistant distribution", 2025.
+    Source: Shin et al., "AMiD: knowledge distillation for LLMs with alpha-mixture assistant distribution", ICLR 2026.
     """
     ranges.check("alpha_mixture", mix=mix, order=order)
     k = (1 - order) / 2
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    student, teacher = student.to(dtype), teacher.to(dtype)
+    student, teacher = matching_rows(student, teacher)
     student_zero, teacher_zero = student.isneginf(), teacher.isneginf()
     neither = ~student_zero & ~teacher_zero
     q, p = student.masked_fill(~neither, 0.0), teacher.masked_fill(~neither, 0.0)
@@ -107,8 +112,7 @@ def alpha_mixture(
 
 def _kl_to_mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
     """KL(a || share a + (1 - share) b) of log-probabilities ln a = `first`, ln b = `second`."""
-    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-    return _KLToMixture.apply(first.to(dtype), second.to(dtype), share)
+    return _KLToMixture.apply(first, second, share)
 
 
 class _KLToMixture(torch.autograd.Function):

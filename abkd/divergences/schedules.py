@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from abkd import ranges
 from abkd.divergences.kinds import AlphaBeta
 from abkd.errors import InputError
 
-SHAPES = ("constant", "linear", "cosine")
+Shape = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Ramp:
 
     start: float
     end: float
-    shape: Literal["constant", "linear", "cosine"] = "linear"
+    shape: Shape = "linear"
 
     def __post_init__(self):
         ranges.finite("start", self.start)
         ranges.finite("end", self.end)
-        if self.shape not in SHAPES:
-            raise InputError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+        if self.shape not in get_args(Shape):
+            raise InputError(f"shape must be one of {', '.join(get_args(Shape))}, got {self.shape!r}")
 
     def at(self, progress: float) -> float:
         """The value at `progress`, 0 at the first step, 1 at the last; exactly `start` and `end` there."""

@@ -213,6 +213,10 @@ class TestContract:
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, KINDS[name]()(student=student.float(), teacher=teacher.float()))
 
+    def test_rows_of_two_shapes_are_refused_and_not_broadcast(self, name):
+        with pytest.raises(InputError, match=r"student \(3, 5\) and teacher \(1, 5\) must have one shape"):
+            KINDS[name]()(student=rows(3, 5), teacher=rows(1, 5))
+
     def test_no_rows(self, name):
         student = torch.zeros(0, 5, requires_grad=True)
         value = KINDS[name]()(student=student.log_softmax(-1), teacher=torch.zeros(0, 5).log_softmax(-1))
