@@ -11,9 +11,12 @@ from collections import namedtuple
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
-from abkd import InputError, cli
+from abkd import InputError, cli, config
+from abkd.divergences import KINDS, AlphaBetaSchedule, Ramp
+from abkd.run import make_divergence
 from abkd.rundir import RunDir
 
 
@@ -146,3 +149,14 @@ def test_a_step_of_another_recipe_cannot_resume_a_run(recipe_file):
         from abkd.inputs import check_inputs
 
         check_inputs(read_recipe(str(recipe_file), ["training.num_steps=5", "resume=true"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_section_without_parameters_makes_the_divergence_without_parameters(kind):
+    assert make_divergence(TypeAdapter(config.Divergence).validate_python({"kind": kind})) == KINDS[kind]()
+
+
+def test_a_ramp_in_the_recipe_makes_a_schedule():
+    section = {"kind": "alpha_beta", "alpha": {"from": 0.8, "to": 0.2, "shape": "cosine"}}
+    made = make_divergence(TypeAdapter(config.Divergence).validate_python(section))
+    assert made == AlphaBetaSchedule(Ramp(0.8, 0.2, "cosine"), 0.7)
