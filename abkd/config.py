@@ -150,6 +150,75 @@ Divergence = Annotated[
 ]
 
 
+class DKD(Section):
+    """Target and non-target classes apart. The divergence is that of the non-target ones."""
+
+    kind: Literal["dkd"]
+    divergence: Divergence = ForwardKL(kind="forward_kl")
+    target_weight: NonNegative = 1.0
+    nontarget_weight: NonNegative = 8.0
+    temperature: Positive = 4.0
+    temperature_gradient_scale: Literal["none", "squared"] = "squared"
+
+    @model_validator(mode="after")
+    def _a_weight(self):
+        ranges.weights(target_weight=self.target_weight, nontarget_weight=self.nontarget_weight)
+        return self
+
+
+class LSD(Section):
+    """Standardised logits."""
+
+    kind: Literal["lsd"]
+    divergence: Divergence = ForwardKL(kind="forward_kl")
+    temperature: Positive = 2.0
+    temperature_gradient_scale: Literal["none", "squared"] = "squared"
+
+
+class TTM(Section):
+    """A teacher raised to a power against the student as it is."""
+
+    kind: Literal["ttm"]
+    divergence: Divergence = ForwardKL(kind="forward_kl")
+    exponent: Positive = 0.1
+    """Of the teacher's probabilities, 1/T of its temperature."""
+
+
+class WTTM(Section):
+    """ttm with each sample weighted by its power sum."""
+
+    kind: Literal["wttm"]
+    divergence: Divergence = ForwardKL(kind="forward_kl")
+    exponent: Positive = 0.1
+    """As in ttm."""
+
+
+class DIST(Section):
+    """Pearson correlations, over a sample's classes and over the batch. Has no divergence."""
+
+    kind: Literal["dist"]
+    inter_weight: NonNegative = 1.0
+    intra_weight: NonNegative = 1.0
+    temperature: Positive = 4.0
+    temperature_gradient_scale: Literal["none", "squared"] = "squared"
+
+    @model_validator(mode="after")
+    def _a_weight(self):
+        ranges.weights(inter_weight=self.inter_weight, intra_weight=self.intra_weight)
+        return self
+
+
+class MLKD(Section):
+    """Several temperatures, and the products between samples and between classes."""
+
+    kind: Literal["mlkd"]
+    divergence: Divergence = ForwardKL(kind="forward_kl")
+    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (2.0, 3.0, 4.0, 5.0, 6.0)
+
+
+Calibration = Annotated[DKD | LSD | TTM | WTTM | DIST | MLKD, Field(discriminator="kind")]
+
+
 class InProcess(Section):
     """A frozen model beside the student."""
 
@@ -214,28 +283,52 @@ class Data(Section):
 
 
 class Objective(Section):
-    divergence: Divergence
-    kd_weight: NonNegative = 1.0
-    """Of the divergence from the teacher."""
-    ce_weight: NonNegative = 0.0
-    """Of the cross-entropy with the data."""
+    divergence: Divergence | None = None
+    """Of the teacher's row from the student's. Either this or calibration."""
     temperature: Positive = 1.0
     """Divides the logits of both before the divergence."""
     teacher_temperature: Positive | None = None
     """Of the teacher's logits, where it is another one; then temperature is the student's alone."""
     temperature_gradient_scale: Literal["none", "squared"] = "none"
     """squared multiplies the divergence by temperature squared, as torchdistill, timm and ModelOpt do."""
+    calibration: Calibration | None = None
+    """Another way to compare the logits; it holds its own divergence and temperature."""
+    kd_weight: NonNegative = 1.0
+    """Of the divergence from the teacher."""
+    ce_weight: NonNegative = 0.0
+    """Of the cross-entropy with the data."""
+    kd_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the training over which kd_weight rises linearly from 0; DKD's recipe has 20 of 240 epochs."""
+
+    @model_validator(mode="after")
+    def _one_comparison(self):
+        if (self.divergence is None) == (self.calibration is None):
+            found = "neither is set" if self.divergence is None else "both are; drop one with objective.divergence=null"
+            raise ValueError(f"set exactly one of divergence and calibration, {found}")
+        if self.calibration is not None:
+            for name in TEMPERATURES:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} belongs to objective.divergence; the calibration has its own: "
+                        f"see objective.calibration"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _something_to_learn(self):
         if self.kd_weight == self.ce_weight == 0:
             raise ValueError("kd_weight and ce_weight are both 0: nothing to learn; set one above 0")
+        ranges.warmup(self.kd_warmup, self.ce_weight)
         return self
 
     @model_validator(mode="after")
     def _one_temperature_to_square(self):
         ranges.temperatures(self.temperature, self.teacher_temperature, self.temperature_gradient_scale)
         return self
+
+
+TEMPERATURES = ("temperature", "teacher_temperature", "temperature_gradient_scale")
+"""Of the objective's divergence."""
 
 
 class Training(Section):
@@ -376,7 +469,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             raise InputError(f"{key}: {parent!r} is a single value, not a section")
     if last == "kind" and section.get("kind", value) != value:
         section.clear()
-    section[last] = "" if value is None else value
+    section[last] = value if text else ""
 
 
 def _explain(content: dict[str, Any], error: Any) -> str:
@@ -403,8 +496,17 @@ def _explain(content: dict[str, Any], error: Any) -> str:
 
 def _kinds(model: Any, field: str) -> list[str]:
     """The kinds that a field of several sections can be of."""
-    members = typing.get_args(model.model_fields[field].annotation)
+    members = _members(model.model_fields[field].annotation)
     return [kind for member in members for kind in typing.get_args(member.model_fields["kind"].annotation)]
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold, out of unions, annotations and None."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    if typing.get_origin(annotation) is Annotated:
+        return _members(typing.get_args(annotation)[0])
+    return [member for part in typing.get_args(annotation) for member in _members(part)]
 
 
 def _keys(model: Any) -> list[str]:
@@ -430,18 +532,10 @@ def _model_of(model: Any, name: Any, value: Any) -> Any:
     """The model of field `name`: for a union the member whose `kind` the value names."""
     if model is None or name not in model.model_fields:
         return None
-    annotation = model.model_fields[name].annotation
-    for member in typing.get_args(annotation) or (annotation,):
-        if typing.get_origin(member) is Annotated:
-            member = typing.get_args(member)[0]
-        if not (isinstance(member, type) and issubclass(member, BaseModel)):
-            continue
+    members = _members(model.model_fields[name].annotation)
+    for member in members:
         kind = member.model_fields.get("kind")
-        kinds = typing.get_args(kind.annotation) if kind else ()
-        if (
-            not kinds
-            or len(typing.get_args(annotation)) == 0
-            or (isinstance(value, dict) and value.get("kind") in kinds)
-        ):
+        named = isinstance(value, dict) and kind is not None and value.get("kind") in typing.get_args(kind.annotation)
+        if kind is None or len(members) == 1 or named:
             return member
     return None

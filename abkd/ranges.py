@@ -1,7 +1,7 @@
-"""What the parameters of divergences and the temperatures may be. No torch: recipes are checked here too."""
+"""What the parameters of divergences and calibrations may be. No torch: recipes are checked here too."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from abkd.errors import InputError
 
@@ -111,4 +111,31 @@ def temperatures(temperature: float, teacher_temperature: float | None, gradient
         raise InputError(
             f"temperature_gradient_scale=squared needs one temperature, got {temperature!r} and "
             f"teacher_temperature={teacher_temperature!r}; use none, and kd_weight for a factor of your own"
+        )
+
+
+def several_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+    """All above 0, at least one."""
+    if isinstance(temperatures, (str, int, float)) or len(temperatures) == 0:
+        raise InputError(f"temperatures must be a list of at least one number above 0, got {temperatures!r}")
+    return tuple(positive("temperatures", temperature) for temperature in temperatures)
+
+
+def weights(**values: float) -> None:
+    """Two weights >= 0, not both 0."""
+    for name, value in values.items():
+        if finite(name, value) < 0:
+            raise InputError(f"{name} must be >= 0, got {value!r}")
+    if not any(values.values()):
+        raise InputError(f"{' and '.join(values)} are both 0: nothing to learn; set one above 0")
+
+
+def warmup(kd_warmup: float, ce_weight: float) -> None:
+    """A share of the training, for one term against another."""
+    if not 0 <= finite("kd_warmup", kd_warmup) <= 1:
+        raise InputError(f"kd_warmup is a share of the training, between 0 and 1, got {kd_warmup!r}")
+    if kd_warmup > 0 and ce_weight == 0:
+        raise InputError(
+            f"kd_warmup={kd_warmup!r} raises kd_weight against ce_weight, which is 0; "
+            "set ce_weight above 0, or warm the learning rate up instead"
         )

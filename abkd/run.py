@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from abkd import config
 from abkd.analysis.mass import RankMassMeter
+from abkd.calibrations import CALIBRATIONS, Calibration, Plain
 from abkd.data.batches import Collator, batches_by_length
 from abkd.data.instructions import EncodingCounts, Example, encode
 from abkd.divergences import KINDS, AlphaBetaSchedule, Divergence, Ramp
@@ -97,7 +98,18 @@ def make_student(recipe: config.Recipe, setup: Setup) -> PreTrainedModel:
 
 
 def make_objective(section: config.Objective) -> Objective:
-    return Objective(make_divergence(section.divergence), **section.model_dump(exclude={"divergence"}))
+    return Objective(make_calibration(section), section.kd_weight, section.ce_weight, section.kd_warmup)
+
+
+def make_calibration(section: config.Objective) -> Calibration:
+    if section.divergence is not None:
+        temperatures = section.model_dump(include=set(config.TEMPERATURES))
+        return Plain(make_divergence(section.divergence), **temperatures)
+    assert section.calibration is not None
+    parameters = {name: value for name, value in section.calibration if name != "kind"}
+    if "divergence" in parameters:
+        parameters["divergence"] = make_divergence(parameters["divergence"])
+    return CALIBRATIONS[section.calibration.kind](**parameters)
 
 
 def make_divergence(section: config.Divergence) -> Divergence | AlphaBetaSchedule:
@@ -192,6 +204,7 @@ def distil(
         _save_student(student, setup.tokenizer, run_dir)
     results = measured | {
         "after": measure(recipe, setup, student),
+        "calibration": str(trainer.objective.calibration),
         "divergence": str(trainer.objective.divergence),
         "num_steps": run_dir.last_step(),
         "training_s": None if recipe.resume else round(seconds, 1),

@@ -36,13 +36,13 @@ class DistillationTrainer(Trainer):
     Args:
         model: a causal language model; what is to stay fixed has `requires_grad=False`.
         teacher: gives the logits at the completion tokens; not trained, not saved.
-        objective: divergence, weights, temperature.
+        objective: calibration and divergence, weights.
         train_examples, validation_examples: tokenised instructions.
         tokenizer: pads the batches, and is saved beside the student.
         group_by_length: batches of examples of like length.
 
     The gradient of an optimiser step is that of the mean over all its counted tokens, however they are
-    spread over micro-batches and ranks. Logs `loss`, its terms `kd` and `ce` (nats per token),
+    spread over micro-batches and ranks. Logs `loss`, its terms `kd` and `ce` (means per token),
     `num_tokens` and, under a schedule, `alpha` and `beta`. A loss that is not finite stops the training with a message.
     """
 

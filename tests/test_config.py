@@ -347,3 +347,79 @@ def test_a_parameter_out_of_range_is_refused_with_the_way_out(minimal_file, sect
     (found,) = refusal(minimal_file, f"objective.divergence={section}")
     assert found.startswith("objective.divergence: ")
     assert found.endswith(line)
+
+
+CALIBRATION = "objective.calibration={kind: dkd, divergence: {kind: alpha_beta, alpha: 0.8, beta: 0.3}}"
+
+
+def test_a_calibration_takes_the_place_of_the_divergence_in_one_line(minimal_file):
+    recipe = read_recipe(str(minimal_file), ["objective.divergence=null", CALIBRATION])
+    assert recipe.objective.calibration.divergence.alpha == 0.8
+    assert recipe.objective.calibration.nontarget_weight == 8.0
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    "overrides, line",
+    [
+        (
+            [CALIBRATION],
+            "objective: set exactly one of divergence and calibration, both are; drop one with "
+            "objective.divergence=null",
+        ),
+        (
+            ["objective.divergence=null"],
+            "objective: set exactly one of divergence and calibration, neither is set",
+        ),
+        (
+            ["objective.divergence=null", CALIBRATION, "objective.temperature=4"],
+            "objective: temperature=4.0 belongs to objective.divergence; the calibration has its own: "
+            "see objective.calibration",
+        ),
+        (
+            ["objective.divergence=null", "objective.calibration={kind: dkt}"],
+            "objective.calibration.kind: 'dkt' is unknown; use one of 'dkd', 'lsd', 'ttm', 'wttm', 'dist', 'mlkd'",
+        ),
+        (
+            ["objective.divergence=null", "objective.calibration={kind: ttm, exponnent: 1}"],
+            "objective.calibration.exponnent: unknown key; did you mean 'exponent'? known here are divergence, "
+            "exponent, kind",
+        ),
+        (
+            ["objective.divergence=null", "objective.calibration={kind: lsd, divergence: {kind: jsd, mix: 1}}"],
+            "objective.calibration.divergence: mix must lie between 0 and 1, both excluded, got 1.0; mix=0 is 0 "
+            "whatever the student, and divided by mix it is forward_kl; mix=1 is 0, and divided by 1 - mix it is "
+            "reverse_kl",
+        ),
+        (
+            ["objective.divergence=null", "objective.calibration={kind: lsd, divergence: {kind: kl}}"],
+            "objective.calibration.divergence.kind: 'kl' is unknown; use one of " + DIVERGENCE_KINDS,
+        ),
+        (
+            ["objective.divergence=null", "objective.calibration={kind: dkd, target_weight: 0, nontarget_weight: 0}"],
+            "objective.calibration: target_weight and nontarget_weight are both 0: nothing to learn; set one above 0",
+        ),
+        (
+            ["objective.divergence=null", "objective.calibration={kind: mlkd, temperatures: [2, 0]}"],
+            "objective.calibration.temperatures: [2, 0] is refused: input should be greater than 0",
+        ),
+        (
+            ["objective.divergence=null", "objective.calibration={kind: mlkd, temperatures: []}"],
+            "objective.calibration.temperatures: [] is refused: tuple should have at least 1 item after validation, "
+            "not 0",
+        ),
+        (
+            ["objective.divergence=null", "objective.calibration={kind: dist, divergence: {kind: forward_kl}}"],
+            "objective.calibration.divergence: unknown key; known here are inter_weight, intra_weight, kind, "
+            "temperature, temperature_gradient_scale",
+        ),
+        (["objective.kd_warmup=2"], "objective.kd_warmup: 2 is refused: input should be less than or equal to 1"),
+        (
+            ["objective.kd_warmup=0.1"],
+            "objective: kd_warmup=0.1 raises kd_weight against ce_weight, which is 0; set ce_weight above 0, or warm "
+            "the learning rate up instead",
+        ),
+    ],
+)
+def test_a_mistaken_calibration_is_one_line(minimal_file, overrides, line):
+    assert refusal(minimal_file, *overrides) == [line]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from abkd import AlphaBeta, ForwardKL, InputError, Objective
+from abkd.calibrations import DKD, LSD, Plain
 from abkd.divergences import AlphaBetaSchedule, Ramp
 from abkd.objective import completion_mask
 
@@ -43,7 +44,7 @@ def test_micro_batches_add_up_to_the_mean_over_the_step():
 
 def test_temperature_divides_the_logits_of_the_divergence_alone():
     student, teacher, labels = rows()
-    warm = loss_of(Objective(ForwardKL(), ce_weight=1.0, temperature=4.0), student, teacher, labels, 5)
+    warm = loss_of(Objective(Plain(ForwardKL(), 4.0), ce_weight=1.0), student, teacher, labels, 5)
     plain = loss_of(Objective(ForwardKL(), ce_weight=1.0), student / 4, teacher / 4, labels, 5)
     torch.testing.assert_close(warm.kd_sum, plain.kd_sum)
     torch.testing.assert_close(warm.ce_sum, loss_of(Objective(ce_weight=1.0), student, teacher, labels, 5).ce_sum)
@@ -80,14 +81,8 @@ def test_half_logits_are_softmaxed_in_fp32():
         ({"kd_weight": -1.0}, "kd_weight must be finite and >= 0, got -1.0"),
         ({"ce_weight": float("nan")}, "ce_weight must be finite and >= 0, got nan"),
         ({"kd_weight": 0.0}, "kd_weight and ce_weight are both 0"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"teacher_temperature": -1.0}, "teacher_temperature must be above 0, got -1.0"),
-        ({"temperature_gradient_scale": "cubed"}, "temperature_gradient_scale must be none or squared, got 'cubed'"),
-        (
-            {"temperature": 2.0, "teacher_temperature": 3.0, "temperature_gradient_scale": "squared"},
-            "temperature_gradient_scale=squared needs one temperature",
-        ),
-        ({"temperature": float("inf")}, "temperature must be a finite number, got inf"),
+        ({"kd_warmup": 1.5, "ce_weight": 1.0}, "kd_warmup is a share of the training, between 0 and 1, got 1.5"),
+        ({"kd_warmup": 0.1}, "raises kd_weight against ce_weight, which is 0"),
     ],
 )
 def test_refusals(options, message):
@@ -95,29 +90,32 @@ def test_refusals(options, message):
         Objective(**options)
 
 
-def test_each_side_has_its_temperature():
-    student, teacher, labels = rows()
-    loss = loss_of(Objective(ForwardKL(), temperature=2.0, teacher_temperature=4.0), student, teacher, labels, 5)
-    q, p = (student.float() / 2).log_softmax(-1), (teacher.float() / 4).log_softmax(-1)
-    torch.testing.assert_close(loss.kd_sum, torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
-
-
-def test_the_squared_scale_multiplies_the_total_and_not_the_cross_entropy_nor_the_measured_sum():
-    student, teacher, labels = rows()
-    plain, squared = (
-        loss_of(
-            Objective(ForwardKL(), ce_weight=1.0, temperature=3.0, temperature_gradient_scale=scale),
-            student, teacher, labels, 5,
-        )
-        for scale in ("none", "squared")
-    )  # fmt: skip
-    assert plain.kd_sum == squared.kd_sum
-    torch.testing.assert_close(squared.total, (9 * plain.kd_sum + plain.ce_sum) / 5)
-
-
 def test_a_schedule_is_resolved_before_the_loss():
     student, teacher, labels = rows()
     objective = Objective(AlphaBetaSchedule(Ramp(0.8, 0.2), 0.5))
     assert objective.at(1.0) == Objective(AlphaBeta(0.2, 0.5))
-    with pytest.raises(InputError, match=r"call objective\.at"):
+    assert Objective(DKD(objective.divergence)).at(1.0) == Objective(DKD(AlphaBeta(0.2, 0.5)))
+    with pytest.raises(InputError, match=r"as in objective\.at\(progress\)"):
         loss_of(objective, student, teacher, labels, 5)
+
+
+def test_a_bare_divergence_is_a_plain_calibration():
+    assert Objective(ForwardKL()) == Objective(Plain(ForwardKL()))
+    assert Objective().divergence == AlphaBeta()
+
+
+def test_the_weight_of_the_divergence_warms_up_and_that_of_the_cross_entropy_does_not():
+    objective = Objective(DKD(), kd_weight=2.0, ce_weight=1.0, kd_warmup=0.25)
+    assert [objective.at(x).kd_weight for x in (0.0, 0.125, 0.25, 1.0)] == [0.0, 1.0, 2.0, 2.0]
+    assert {objective.at(x).ce_weight for x in (0.0, 0.125, 1.0)} == {1.0}
+    assert Objective(kd_weight=2.0).at(0.0).kd_weight == 2.0
+
+
+def test_a_calibration_counts_as_a_mean_over_the_step():
+    student, teacher, labels = rows(6)
+    objective = Objective(LSD(AlphaBeta()), ce_weight=0.5)
+    per_token = LSD(AlphaBeta())(student_logits=student.float(), teacher_logits=teacher.float(), labels=labels)
+    loss = loss_of(objective, student, teacher, labels, 12)
+    ce = torch.nn.functional.cross_entropy(student.float(), labels, reduction="sum")
+    torch.testing.assert_close(loss.kd_sum, per_token.sum())
+    torch.testing.assert_close(loss.total, (per_token.sum() + 0.5 * ce) / 12)

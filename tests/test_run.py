@@ -15,8 +15,9 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from abkd import InputError, cli, config
-from abkd.divergences import KINDS, AlphaBetaSchedule, Ramp
-from abkd.run import make_divergence
+from abkd.calibrations import CALIBRATIONS, MLKD, Plain
+from abkd.divergences import KINDS, AlphaBeta, AlphaBetaSchedule, Ramp
+from abkd.run import make_calibration, make_divergence
 from abkd.rundir import RunDir
 
 
@@ -160,3 +161,22 @@ def test_a_ramp_in_the_recipe_makes_a_schedule():
     section = {"kind": "alpha_beta", "alpha": {"from": 0.8, "to": 0.2, "shape": "cosine"}}
     made = make_divergence(TypeAdapter(config.Divergence).validate_python(section))
     assert made == AlphaBetaSchedule(Ramp(0.8, 0.2, "cosine"), 0.7)
+
+
+@pytest.mark.parametrize("kind", sorted(set(CALIBRATIONS) - {"plain"}))
+def test_every_calibration_of_the_table_is_made_with_its_defaults(kind):
+    section = config.Objective.model_validate({"calibration": {"kind": kind}})
+    assert make_calibration(section) == CALIBRATIONS[kind]()
+
+
+def test_a_divergence_makes_a_plain_calibration_with_the_temperatures():
+    section = config.Objective(divergence={"kind": "alpha_beta"}, temperature=2.0, temperature_gradient_scale="squared")
+    assert make_calibration(section) == Plain(AlphaBeta(), 2.0, temperature_gradient_scale="squared")
+
+
+def test_a_calibration_holds_its_divergence_and_a_schedule_too():
+    ramp = {"kind": "alpha_beta", "alpha": {"from": 0.8, "to": 0.2}}
+    section = config.Objective.model_validate(
+        {"calibration": {"kind": "mlkd", "divergence": ramp, "temperatures": [2]}}
+    )
+    assert make_calibration(section) == MLKD(AlphaBetaSchedule(Ramp(0.8, 0.2), 0.7), (2.0,))

@@ -36,6 +36,10 @@ class Divergence:
     def __call__(self, *, student: Tensor, teacher: Tensor) -> Tensor:
         return type(self).function(student=student, teacher=teacher, **self.parameters)
 
+    def at(self, progress: float) -> "Divergence":
+        """Itself: a divergence does not move during training. `AlphaBetaSchedule` does."""
+        return self
+
     @property
     def parameters(self) -> dict[str, float]:
         """The keyword arguments of the function."""

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from abkd import ranges
 from abkd.divergences.kinds import AlphaBeta
 from abkd.errors import InputError
@@ -40,6 +42,9 @@ class AlphaBetaSchedule:
 
     def __post_init__(self):
         self.at(0.0)
+
+    def __call__(self, *, student: Tensor, teacher: Tensor) -> Tensor:
+        raise InputError(f"{self} has no value before it is resolved; call .at(progress), as in objective.at(progress)")
 
     def at(self, progress: float) -> AlphaBeta:
         """The divergence at `progress`, 0 to 1, of the training."""
