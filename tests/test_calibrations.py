@@ -161,6 +161,22 @@ def test_takes_every_divergence_of_the_table(kind, inside):
     assert torch.autograd.grad(value.sum(), inputs["student_logits"])[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inside", KINDS)
+def test_half_logits_of_every_divergence_are_fp32_arithmetic_on_the_rounded_logits(inside, dtype):
+    student, teacher = (3 * torch.randn(2, 4, 60)).to(dtype)
+
+    def value_and_gradient(student, teacher):
+        student = student.clone().requires_grad_()
+        value = Plain(KINDS[inside]())(student_logits=student, teacher_logits=teacher)
+        return value, *torch.autograd.grad(value.sum(), student)
+
+    value, gradient = value_and_gradient(student, teacher)
+    full_value, full_gradient = value_and_gradient(student.float(), teacher.float())
+    assert torch.equal(value, full_value)
+    assert gradient.dtype == dtype and torch.equal(gradient, full_gradient.to(dtype))
+
+
 @pytest.mark.parametrize("kind", CALIBRATIONS)
 class TestContract:
     def test_gradcheck(self, kind):

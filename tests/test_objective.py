@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from abkd import AlphaBeta, ForwardKL, InputError, Objective
-from abkd.calibrations import DKD, LSD, Plain
-from abkd.divergences import AlphaBetaSchedule, Ramp
+from abkd.calibrations import CALIBRATIONS, DKD, LSD, Plain
+from abkd.divergences import KINDS, AlphaBetaSchedule, Ramp
 from abkd.objective import completion_mask
 
 VOCAB = 11
@@ -50,9 +50,11 @@ def test_temperature_divides_the_logits_of_the_divergence_alone():
     torch.testing.assert_close(warm.ce_sum, loss_of(Objective(ce_weight=1.0), student, teacher, labels, 5).ce_sum)
 
 
-def test_no_token_gives_an_attached_zero():
+@pytest.mark.parametrize("calibration", [*KINDS.values(), *CALIBRATIONS.values()], ids=lambda kind: kind.kind)
+def test_a_fully_masked_batch_gives_an_attached_zero(calibration):
     student = torch.randn(0, VOCAB, requires_grad=True)
-    loss = loss_of(Objective(ce_weight=1.0), student, torch.randn(0, VOCAB), torch.zeros(0, dtype=torch.long), 0)
+    objective = Objective(calibration(), ce_weight=1.0)
+    loss = loss_of(objective, student, torch.randn(0, VOCAB), torch.zeros(0, dtype=torch.long), 0)
     assert loss.total == 0 and loss.total.requires_grad
     loss.total.backward()
     assert student.grad.shape == (0, VOCAB)

@@ -18,9 +18,9 @@ POINTS = [
 LIMITS = [(0, 0.7), (0.7, 0), (0.5, -0.5), (-0.5, 0.5), (0, 0), (1, 0), (0, 1)]
 
 
-def oracle(student, teacher, alpha, beta):
-    """Wang et al., Def. 4.1 and App. B, its five branches as printed, on lists of logarithms; 100 digits."""
-    with mpmath.workdps(100):
+def oracle(student, teacher, alpha, beta, digits=100):
+    """Wang et al., Def. 4.1 and App. B, its five branches as printed, on lists of logarithms."""
+    with mpmath.workdps(digits):
         a, b = mpmath.mpf(alpha), mpmath.mpf(beta)
         total = mpmath.mpf(0)
         for log_q, log_p in zip(student, teacher, strict=True):
@@ -155,6 +155,31 @@ def test_identities_hold_anywhere_on_the_plane(alpha, beta, seed):
     )
     order = torch.randperm(6, generator=generator)
     assert divergence(student[order], teacher[order], alpha, beta) == pytest.approx(value, **close)
+
+
+def oracle_slopes(student, teacher, alpha, beta):
+    """dD/dalpha and dD/dbeta by central differences of 300-digit arithmetic, which the limit lines do not disturb."""
+    with mpmath.workdps(300):
+        a, b, step = mpmath.mpf(alpha), mpmath.mpf(beta), mpmath.mpf("1e-40")
+
+        def value(x, y):
+            return oracle(student, teacher, x, y, digits=300)
+
+        in_alpha = (value(a + step, b) - value(a - step, b)) / (2 * step)
+        return in_alpha, (value(a, b + step) - value(a, b - step)) / (2 * step)
+
+
+@settings(max_examples=60, deadline=None)
+@given(exponents, exponents, st.sampled_from([0.0, 1e-8, -1e-8, None]), st.integers(0, 2**31))
+def test_slopes_in_alpha_and_beta_anywhere_and_beside_the_limit_lines(alpha, beta, sum_, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (2 * torch.randn(2, 5, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    beta = beta if sum_ is None else sum_ - alpha
+    exponents = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (alpha, beta)]
+    alpha_beta(student=student, teacher=teacher, alpha=exponents[0], beta=exponents[1]).backward()
+    truth = oracle_slopes(student.tolist(), teacher.tolist(), alpha, beta)
+    for exponent, slope in zip(exponents, truth, strict=True):
+        assert exponent.grad.item() == pytest.approx(float(slope), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("step", [1e-3, 1e-5, 1e-8])
