@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import abkd
+from abkd import config
+from abkd.calibrations import CALIBRATIONS
+from abkd.run import make_objective
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,3 +43,13 @@ def test_public_names_are_complete_and_importable():
         assert getattr(abkd, name).__doc__
     with pytest.raises(AttributeError, match="no_such_name"):
         abkd.no_such_name  # noqa: B018
+
+
+def test_the_objectives_of_the_docs_are_objectives():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/divergences.md").read_text(encoding="utf-8"), re.DOTALL)
+    objectives = {
+        name: make_objective(config.Objective.model_validate(section))
+        for name, section in yaml.safe_load(block).items()
+    }
+    assert {objective.calibration.kind for objective in objectives.values()} == set(CALIBRATIONS) - {"wttm"}
+    assert objectives["ABDKD"].divergence == abkd.AlphaBeta(1.0, 0.2)

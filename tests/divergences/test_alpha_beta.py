@@ -272,6 +272,31 @@ def test_a_class_at_zero_in_one_row_gives_the_limit(alpha, beta, zero_in):
     assert not teacher.grad.isnan().any() and not teacher.grad.isinf().any()
 
 
+def oracle_weight(log_q, log_p, alpha, beta):
+    """w = q^beta (p^alpha - q^alpha) / alpha, 100 digits."""
+    with mpmath.workdps(100):
+        a, b, x, y = (mpmath.mpf(value) for value in (alpha, beta, log_q, log_p))
+        return mpmath.exp(b * x) * (y - x if a == 0 else (mpmath.exp(a * y) - mpmath.exp(a * x)) / a)
+
+
+@pytest.mark.parametrize("zero_in", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "alpha, beta", [*POINTS, (0.4, 0), (2, 0), (0, 0.4), (-2, 2), (2, -2), (0.3, -0.1), (-0.1, 0.3)]
+)
+def test_the_gradient_of_a_class_at_zero_is_its_finite_limit_or_nothing(alpha, beta, zero_in):
+    rows = {"student": torch.tensor([-1.3]).double(), "teacher": torch.tensor([-0.7]).double()}
+    inputs = {
+        key: torch.where(torch.tensor(key == zero_in), -math.inf, row).requires_grad_() for key, row in rows.items()
+    }
+    alpha_beta(**inputs, alpha=alpha, beta=beta).backward()
+    limits = [{key: limit if key == zero_in else row.item() for key, row in rows.items()} for limit in (FAR, FARTHER)]
+    student = [oracle_weight(at["student"], at["teacher"], alpha, beta) for at in limits]
+    teacher = [oracle_weight(at["teacher"], at["student"], beta, alpha) for at in limits]  # duality
+    for row, (far, farther) in ((inputs["student"], student), (inputs["teacher"], teacher)):
+        expected = -float(farther) if abs(farther) <= 1.01 * abs(far) else 0.0
+        assert row.grad.item() == pytest.approx(expected, rel=1e-12, abs=1e-300)
+
+
 def test_infinite_forward_kl_still_has_its_logit_gradient():
     """At q = 0 < p, KL(p || q) is infinite and its gradient on the logits is q - p all the same."""
     teacher = torch.tensor([0.2, 0.5, 0.3]).double().log()
