@@ -152,6 +152,46 @@ def test_gradient_in_fp32_by_the_rows_as_rounded(divergence, oracle, difference)
         assert (ours - truth).norm() <= tolerance * truth.norm()
 
 
+def power_mixture(p, q, mix, k):
+    powers = [mix * x**k + (1 - mix) * y**k for x, y in zip(p, q, strict=True)]
+    total = sum(power ** (1 / k) for power in powers)
+    return [power ** (1 / k) / total for power in powers]
+
+
+@pytest.mark.parametrize("zero_in", ["student", "teacher", "both"])
+def test_value_of_rows_with_zeros_where_it_is_finite(zero_in):
+    """0 ln 0 = 0; one class at zero in one of the rows or in both."""
+    logits = {"student": torch.randn(6, dtype=torch.float64), "teacher": torch.randn(6, dtype=torch.float64)}
+    for name in ("student", "teacher"):
+        if zero_in in (name, "both"):
+            logits[name][2] = -math.inf
+    inputs = {name: row.log_softmax(-1) for name, row in logits.items()}
+    p, q = mp(inputs["teacher"].tolist()), mp(inputs["student"].tolist())
+
+    def kl(a, b):
+        return mpmath.fsum(x * mpmath.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
+
+    def mixture(mix):
+        return [mix * x + (1 - mix) * y for x, y in zip(p, q, strict=True)]
+
+    third, half = mpmath.mpf(0.3), mpmath.mpf(0.5)
+    expected = {
+        d.JSD(0.3): third * kl(p, mixture(third)) + (1 - third) * kl(q, mixture(third)),
+        d.SkewedForwardKL(0.3): kl(p, mixture(third)),
+        d.SkewedReverseKL(0.3): kl(q, mixture(third)),
+        d.TotalVariation(): sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2,
+        d.AlphaBeta(0.5, 0.5): alpha_beta(p, q, half, half),
+        d.AlphaMixture(0.5, 0.5, 0.3, -1.0): alpha_beta(p, power_mixture(p, q, third, 1), half, half),
+        d.AlphaMixture(0.5, 0.5, 0.3, 0.0): alpha_beta(p, power_mixture(p, q, third, half), half, half),
+    }
+    if zero_in != "student":
+        expected[d.ForwardKL()] = kl(p, q)
+    if zero_in != "teacher":
+        expected[d.ReverseKL()] = kl(q, p)
+    for divergence, value in expected.items():
+        assert divergence(**inputs).item() == pytest.approx(float(value), rel=1e-12), divergence
+
+
 def test_kls_and_their_kin_equal_scipy_and_torch_distributions():
     student, teacher = rows(6, 11), rows(6, 11, scale=3)
     q, p = student.exp().numpy(), teacher.exp().numpy()
