@@ -297,6 +297,18 @@ def test_the_gradient_of_a_class_at_zero_is_its_finite_limit_or_nothing(alpha, b
         assert row.grad.item() == pytest.approx(expected, rel=1e-12, abs=1e-300)
 
 
+@pytest.mark.parametrize("zero_in", ["student", "teacher"])
+@pytest.mark.parametrize("alpha, beta", [(0.2, 0.7), (0.5, 0.5), (0.8, 0.3), (1.0, 1.0), (1.4, 0.2)])
+def test_slopes_in_alpha_and_beta_of_a_class_at_zero(alpha, beta, zero_in):
+    rows = {"student": torch.tensor([-1.3]).double(), "teacher": torch.tensor([-0.7]).double()}
+    inputs = {key: row - (math.inf if key == zero_in else 0.0) for key, row in rows.items()}
+    exponents = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (alpha, beta)]
+    alpha_beta(**inputs, alpha=exponents[0], beta=exponents[1]).backward()
+    far = {key: [FAR] if key == zero_in else row.tolist() for key, row in rows.items()}
+    truth = oracle_slopes(far["student"], far["teacher"], alpha, beta)
+    assert [exponent.grad.item() for exponent in exponents] == pytest.approx([float(x) for x in truth], rel=1e-12)
+
+
 def test_infinite_forward_kl_still_has_its_logit_gradient():
     """At q = 0 < p, KL(p || q) is infinite and its gradient on the logits is q - p all the same."""
     teacher = torch.tensor([0.2, 0.5, 0.3]).double().log()

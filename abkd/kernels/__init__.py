@@ -1,0 +1,157 @@
+"""Output head and divergence in one pass: `linear_divergence` and, with a cross-entropy beside it, `linear_loss`."""
+
+import logging
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from abkd import ranges
+from abkd.divergences import Divergence
+from abkd.errors import InputError
+from abkd.head import LMHead
+from abkd.kernels.chunked import chunked
+from abkd.kernels.reference import LinearLoss, reference
+from abkd.targets import Targets
+
+__all__ = ["LinearDivergence", "LinearLoss", "Path", "linear_divergence", "linear_loss"]
+
+Path = Literal["auto", "reference", "chunked"]
+_log = logging.getLogger("abkd")
+_said: set[str] = set()
+
+
+class LinearDivergence(NamedTuple):
+    total: Tensor
+    """Scalar, differentiable: sum_n token_weights[n] * D[n]."""
+    divergence: Tensor
+    """D, `[N]`, detached, nats."""
+    entropy: Tensor
+    """Of the student, `[N]`, detached, nats."""
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_head: LMHead,
+    targets: Targets,
+    *,
+    divergence: Divergence,
+    token_weights: Tensor,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    path: Path = "auto",
+) -> LinearDivergence:
+    """D = divergence(student=log_softmax(head.logits(hidden) / T), teacher=log_softmax(targets / T')), and sum w * D.
+
+    The logits are never all there at once. Gradients for hidden, weight and bias of the student, and for what in
+    `targets` asks for one; none is computed for what is frozen.
+
+    Args:
+        student_hidden: `[N, hidden]`, what the student's output head receives; fp32, bf16, fp16 or fp64.
+        student_head: its head; the weight may have another dtype.
+        targets: of the same N tokens and the same vocabulary.
+        divergence: any of `abkd.divergences.KINDS`.
+        token_weights: `[N]`, constants: mask, weight and normalisation are the caller's.
+        temperature, teacher_temperature: > 0, divide the logits; the teacher's is the student's where None.
+        path: "reference" holds all logits and takes autograd; "chunked" takes the gradient in the forward, chunk
+            by chunk, on any device; "auto" is chunked, and says once what does its elementwise work.
+
+    Returns:
+        fp32 at least, whatever the inputs: logits, softmax and sums are fp32 for half inputs. Without a token, zeros
+        attached to the graph. Edges of D as `alpha_beta`; the gradient is never NaN unless an input is.
+
+    Raises:
+        InputError: shapes, vocabularies or parameters that do not fit.
+    """
+    loss = linear_loss(
+        student_hidden,
+        student_head,
+        targets,
+        divergence=divergence,
+        token_weights=token_weights,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        path=path,
+    )
+    return LinearDivergence(*loss[:3])
+
+
+@torch.compiler.disable
+def linear_loss(
+    student_hidden: Tensor,
+    student_head: LMHead,
+    targets: Targets,
+    *,
+    divergence: Divergence,
+    token_weights: Tensor,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    labels: Tensor | None = None,
+    ce_weights: Tensor | None = None,
+    path: Path = "auto",
+    rows: int | None = None,
+) -> LinearLoss:
+    """`linear_divergence` with a cross-entropy from the same logits: total = sum w * D + sum ce_weights * CE.
+
+    Args:
+        labels: `[N]`, int64, for the cross-entropy, which is at temperature 1.
+        ce_weights: `[N]`, constants; with labels or not at all.
+        rows: of logits held at once by the chunked path; chosen from shape and machine where None.
+    """
+    _check(student_hidden, student_head, targets, token_weights, labels, ce_weights, path, rows)
+    ranges.temperatures(temperature, teacher_temperature, "none")
+    arguments = (
+        student_hidden,
+        student_head,
+        targets,
+        divergence,
+        token_weights.detach(),
+        temperature,
+        temperature if teacher_temperature is None else teacher_temperature,
+        labels,
+        None if ce_weights is None else ce_weights.detach(),
+    )
+    if path == "reference":
+        return reference(*arguments)
+    if path == "auto":
+        _say_once(_choice(student_hidden))
+    return chunked(*arguments, rows=rows)
+
+
+def _choice(hidden: Tensor) -> str:
+    from abkd.kernels import native
+
+    if hidden.device.type != "cpu":
+        return f"linear_divergence: chunked, in torch on {hidden.device.type}"
+    if isinstance(reason := native.library(), str):
+        return f"linear_divergence: chunked, in torch: {reason}"
+    return "linear_divergence: chunked, alpha-beta in compiled C, other divergences in torch"
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        _log.info(line)
+
+
+def _check(hidden, head: LMHead, targets: Targets, token_weights, labels, ce_weights, path, rows) -> None:
+    if path not in get_args(Path):
+        raise InputError(f"path must be one of {', '.join(get_args(Path))}, got {path!r}")
+    if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
+        raise InputError(
+            f"student_hidden must be [N, {head.weight.shape[1]}] for the student's head, got {tuple(hidden.shape)}"
+        )
+    if targets.shape != (len(hidden), head.vocab):
+        raise InputError(
+            f"targets are of {targets.shape[0]} tokens and {targets.shape[1]} classes, "
+            f"the student of {len(hidden)} and {head.vocab}"
+        )
+    for name, value in (("token_weights", token_weights), ("labels", labels), ("ce_weights", ce_weights)):
+        if value is not None and value.shape != hidden.shape[:1]:
+            raise InputError(f"{name} must be [N] = [{len(hidden)}], got {tuple(value.shape)}")
+    if (labels is None) != (ce_weights is None):
+        raise InputError("labels and ce_weights go together; give both or neither")
+    if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < head.vocab:
+        raise InputError(f"labels must lie between 0 and {head.vocab - 1}")
+    if rows is not None and rows < 1:
+        raise InputError(f"rows must be at least 1, got {rows!r}")

@@ -1,0 +1,343 @@
+"""Value and gradient chunk by chunk in the forward: no logits outlive their chunk; docs/kernels.md derives it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from abkd.divergences import AlphaBeta, Divergence, ForwardKL, ReverseKL
+from abkd.head import LMHead
+from abkd.kernels import native
+from abkd.kernels.reference import LinearLoss, entropy
+from abkd.targets import DenseTargets, HiddenTargets, Targets
+
+_TILE = 4096  # columns of the vocabulary per matrix product: their weights stay in a CPU's last cache between products
+_BLOCK = 2**18  # elements of a temporary of the torch step, on a CPU
+
+
+class Step(NamedTuple):
+    """One chunk of rows; the gradients are those of its weighted sum with respect to the logits."""
+
+    divergence: Tensor
+    entropy: Tensor
+    cross_entropy: Tensor
+    student_grad: Tensor
+    teacher_grad: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """What a step gets: rows of logits, which it may write over, and what to make of them."""
+
+    student: Tensor
+    teacher: Tensor
+    weights: Tensor
+    ce_weights: Tensor | None
+    labels: Tensor | None
+    divergence: Divergence
+    temperature: float
+    teacher_temperature: float
+    teacher_needs_grad: bool
+
+
+def chunked(
+    hidden: Tensor,
+    head: LMHead,
+    targets: Targets,
+    divergence: Divergence,
+    token_weights: Tensor,
+    temperature: float,
+    teacher_temperature: float,
+    labels: Tensor | None,
+    ce_weights: Tensor | None,
+    rows: int | None = None,
+) -> LinearLoss:
+    """Arguments as `abkd.kernels.linear_loss`; `rows` per chunk, chosen from shape and machine where None."""
+    teacher_tensors = (
+        (targets.values, None, None)
+        if isinstance(targets, DenseTargets)
+        else (targets.hidden, targets.head.weight, targets.head.bias)
+    )
+    plan = _Plan(
+        head=head,
+        targets=targets,
+        divergence=divergence,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        token_weights=token_weights,
+        labels=labels,
+        ce_weights=ce_weights,
+        rows=rows or chunk_rows(len(hidden), head, divergence),
+    )
+    return LinearLoss(*_Chunked.apply(plan, hidden, head.weight, head.bias, *teacher_tensors))
+
+
+def chunk_rows(num_rows: int, head: LMHead, divergence: Divergence) -> int:
+    """Rows of logits per chunk: as many as fit into a share of the memory that is free, in steps of 8."""
+    buffers = 2 + (head.softcap is not None) + (0 if exponents(divergence) else 6)
+    if head.weight.device.type == "cuda":
+        budget = min(torch.cuda.mem_get_info(head.weight.device)[0] // 8, 2**31)
+    else:
+        budget = 100 * 2**20  # larger chunks do not make a CPU's matrix products faster
+    rows = budget // (4 * buffers * head.vocab)
+    return max(8, min(rows // 8 * 8, num_rows))
+
+
+def exponents(divergence: Divergence) -> tuple[float, float] | None:
+    """(alpha, beta) where the divergence is a point of the plane off the line alpha + beta = 0."""
+    match divergence:
+        case ForwardKL():
+            return 1.0, 0.0
+        case ReverseKL():
+            return 0.0, 1.0
+        case AlphaBeta(alpha=alpha, beta=beta) if abs(alpha + beta) > 0.05:
+            return alpha, beta
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    head: LMHead
+    targets: Targets
+    divergence: Divergence
+    temperature: float
+    teacher_temperature: float
+    token_weights: Tensor
+    labels: Tensor | None
+    ce_weights: Tensor | None
+    rows: int
+
+
+class _Chunked(torch.autograd.Function):
+    """Inputs after the plan: student hidden, weight, bias; teacher logits or hidden, weight, bias."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None):
+        needed = ctx.needs_input_grad[1:]
+        with torch.autocast(tensors[0].device.type, enabled=False), torch.no_grad():  # type: ignore[union-attr]
+            values, gradients = _run(plan, tensors, needed)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*values[1:])
+        ctx.set_materialize_grads(False)
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *others: None):
+        gradients = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (1 + len(gradients))
+        if grad != 1:  # the usual factor costs no copy
+            gradients = [None if x is None else x * grad.to(x.dtype) for x in gradients]
+        return None, *gradients
+
+
+def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    hidden, teacher = tensors[0], tensors[3]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    num_rows = len(hidden)
+    student_side = _Side(hidden, plan.head, needed[0], needed[1], needed[2], dtype)
+    teacher_side = (
+        _Side(teacher, plan.targets.head, needed[3], needed[4], needed[5], dtype)
+        if isinstance(plan.targets, HiddenTargets)
+        else _Rows(teacher, needed[3], dtype)
+    )
+    divergence, entropies, cross_entropy = (torch.zeros(num_rows, dtype=dtype, device=hidden.device) for _ in range(3))
+    step = _choose_step(plan, dtype, hidden.device, teacher_needs_grad=any(needed[3:]))
+    for start in range(0, num_rows, plan.rows):
+        stop = min(start + plan.rows, num_rows)
+
+        def chunk(start=start, stop=stop):
+            return Chunk(
+                student_side.logits(start, stop),
+                teacher_side.logits(start, stop),
+                plan.token_weights[start:stop].to(dtype),
+                None if plan.ce_weights is None else plan.ce_weights[start:stop].to(dtype),
+                None if plan.labels is None else plan.labels[start:stop],
+                plan.divergence,
+                plan.temperature,
+                plan.teacher_temperature,
+                any(needed[3:]),
+            )
+
+        done = step(chunk()) or autograd_step(chunk())
+        divergence[start:stop], entropies[start:stop] = done.divergence, done.entropy
+        cross_entropy[start:stop] = done.cross_entropy
+        student_side.accumulate(start, stop, done.student_grad)
+        if done.teacher_grad is not None:
+            teacher_side.accumulate(start, stop, done.teacher_grad)
+    total = (plan.token_weights.to(dtype) * divergence).sum()
+    if plan.ce_weights is not None:
+        total = total + (plan.ce_weights.to(dtype) * cross_entropy).sum()
+    gradients = [*student_side.gradients(), *teacher_side.gradients()]
+    return (total, divergence, entropies, cross_entropy), gradients
+
+
+def _choose_step(
+    plan: _Plan, dtype: torch.dtype, device: torch.device, teacher_needs_grad: bool
+) -> Callable[[Chunk], Step | None]:
+    if exponents(plan.divergence) is None or teacher_needs_grad:
+        return autograd_step
+    if plan.ce_weights is not None and plan.temperature != 1:
+        return autograd_step
+    if device.type == "cpu" and dtype == torch.float32 and not isinstance(native.library(), str):
+        return native_step
+    return torch_step
+
+
+def native_step(chunk: Chunk) -> Step | None:
+    """The alpha-beta family in C; None where a row needs the limits."""
+    alpha, beta = exponents(chunk.divergence) or (1.0, 0.0)
+    done = native.alpha_beta_rows(
+        chunk.student,
+        chunk.teacher,
+        chunk.weights.contiguous(),
+        None if chunk.ce_weights is None else chunk.ce_weights.contiguous(),
+        None if chunk.labels is None or chunk.ce_weights is None else chunk.labels.contiguous(),
+        alpha=alpha,
+        beta=beta,
+        student_scale=1 / chunk.temperature,
+        teacher_scale=1 / chunk.teacher_temperature,
+    )
+    return None if done is None else Step(*done, chunk.student, None)
+
+
+def torch_step(chunk: Chunk) -> Step | None:
+    """The alpha-beta family in torch, in place, by blocks that stay in cache; None where a row needs the limits."""
+    if not bool(torch.minimum(chunk.student.amin(), chunk.teacher.amin()) > -torch.inf):
+        return None
+    alpha, beta = exponents(chunk.divergence) or (1.0, 0.0)
+    num_rows, vocab = chunk.student.shape
+    values = torch.zeros(3, num_rows, dtype=chunk.student.dtype, device=chunk.student.device)
+    block = max(1, _BLOCK // vocab) if chunk.student.device.type == "cpu" else num_rows
+    for start in range(0, num_rows, block):
+        rows = slice(start, start + block)
+        log_q, log_p = chunk.student[rows], chunk.teacher[rows]
+        cross = None
+        if chunk.ce_weights is not None and chunk.labels is not None:  # at temperature 1
+            cross = chunk.labels[rows].unsqueeze(-1), chunk.ce_weights[rows].unsqueeze(-1)
+        log_q.div_(chunk.temperature).sub_(log_q.logsumexp(-1, keepdim=True))
+        log_p.div_(chunk.teacher_temperature).sub_(log_p.logsumexp(-1, keepdim=True))
+        u = log_p - log_q
+        mixed = (alpha * log_p).add_(log_q, alpha=beta)
+        w = _power_difference(u, (alpha + beta) * log_q, mixed, alpha)  # q^beta (p^alpha - q^alpha) / alpha
+        v = _power_difference(u, log_p.mul_(alpha + beta), mixed, beta)  # p^alpha (p^beta - q^beta) / beta
+        values[0, rows] = v.sub_(w).sum(-1).div_(alpha + beta)
+        q = log_q.exp()
+        values[1, rows] = -torch.linalg.vecdot(q, log_q)
+        scale = chunk.weights[rows].unsqueeze(-1) / chunk.temperature
+        on_q = w.sum(-1, keepdim=True) * scale
+        if cross is not None:
+            label, ce_weight = cross
+            values[2, rows] = -log_q.gather(-1, label).squeeze(-1)
+            on_q = on_q + ce_weight
+        torch.mul(q, on_q, out=log_q).sub_(w.mul_(scale))
+        if cross is not None:
+            log_q.scatter_add_(-1, label, -ce_weight)
+    if not bool(values[0].isfinite().all()):
+        return None
+    return Step(values[0], values[1], values[2], chunk.student, None)
+
+
+def _power_difference(u: Tensor, own: Tensor, mixed: Tensor, exponent: float) -> Tensor:
+    """sign(u) e^max(own, mixed) (1 - e^-|exponent u|) / |exponent|; writes over `own`."""
+    size = max(abs(exponent), 1e-20)
+    top = torch.maximum(own, mixed, out=own).exp_()
+    return top.mul_(torch.expm1((u * -size).abs_().neg_())).mul_(torch.sign(u)).div_(-size)
+
+
+def autograd_step(chunk: Chunk) -> Step:
+    """Any divergence, any edge: autograd inside the chunk."""
+    with torch.enable_grad():
+        student = chunk.student.detach().requires_grad_()
+        teacher = chunk.teacher.detach().requires_grad_(chunk.teacher_needs_grad)
+        log_q = torch.log_softmax(student / chunk.temperature, dim=-1)
+        log_p = torch.log_softmax(teacher / chunk.teacher_temperature, dim=-1)
+        values = chunk.divergence(student=log_q, teacher=log_p)
+        total, cross_entropy = (chunk.weights * values).sum(), torch.zeros_like(values)
+        if chunk.ce_weights is not None and chunk.labels is not None:
+            cross_entropy = torch.nn.functional.cross_entropy(student, chunk.labels, reduction="none")
+            total = total + (chunk.ce_weights * cross_entropy).sum()
+        inputs = [student, teacher] if chunk.teacher_needs_grad else [student]
+        gradients = torch.autograd.grad(total, inputs)
+    return Step(values.detach(), entropy(log_q.detach()), cross_entropy.detach(), gradients[0], (*gradients, None)[1])
+
+
+class _Side:
+    """Hidden states and a head: logits of a range of rows, and the gradients of both gathered range by range."""
+
+    def __init__(self, hidden: Tensor, head: LMHead, hidden_needed, weight_needed, bias_needed, dtype: torch.dtype):
+        self.hidden, self.head, self.dtype = hidden, head, dtype
+        self._bent: Tensor | None = None  # d logits / d (hidden @ weight.T) where there is a soft-cap
+        self.hidden_grad = torch.empty_like(hidden) if hidden_needed else None
+        self.weight_grad = torch.zeros_like(head.weight, dtype=dtype) if weight_needed else None
+        self.bias_grad = head.weight.new_zeros(head.vocab, dtype=dtype) if bias_needed else None
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """`[stop - start, vocab]`, in `dtype`."""
+        weight, bias = self.head.weight, self.head.bias
+        rows = self.hidden[start:stop].to(self.dtype)
+        logits = torch.empty(len(rows), len(weight), dtype=self.dtype, device=rows.device)
+        for columns in self._tiles():
+            tile = weight[columns].to(self.dtype)
+            if len(rows) < 256 and rows.device.type == "cpu":
+                logits[:, columns] = (tile @ rows.T).T  # a thin product is faster this way round
+            else:
+                torch.mm(rows, tile.T, out=logits[:, columns])
+        if bias is not None:
+            logits += bias
+        if self.head.logit_scale is not None:
+            logits *= self.head.logit_scale
+        if self.head.softcap is not None:
+            bend = logits.div_(self.head.softcap).tanh_()
+            self._bent = 1 - bend * bend
+            logits *= self.head.softcap
+        return logits
+
+    def accumulate(self, start: int, stop: int, grad: Tensor) -> None:
+        """Adds what d total / d logits `[stop - start, vocab]` means for hidden, weight and bias; writes over it."""
+        if self._bent is not None:
+            grad = grad.mul_(self._bent)
+        if self.head.logit_scale is not None:
+            grad = grad.mul_(self.head.logit_scale)
+        if self.bias_grad is not None:
+            self.bias_grad += grad.sum(0)
+        rows = self.hidden[start:stop].to(self.dtype)
+        hidden_grad = torch.zeros_like(rows)
+        for columns in self._tiles():
+            if self.hidden_grad is not None:
+                hidden_grad.addmm_(grad[:, columns], self.head.weight[columns].to(self.dtype))
+            if self.weight_grad is not None:
+                self.weight_grad[columns].addmm_(grad[:, columns].T, rows)
+        if self.hidden_grad is not None:
+            self.hidden_grad[start:stop] = hidden_grad
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of hidden, weight and bias, in their dtypes; None where not needed."""
+        weight_grad = None if self.weight_grad is None else self.weight_grad.to(self.head.weight.dtype)
+        bias_grad = None if self.bias_grad is None else self.bias_grad.to(self.head.weight.dtype)
+        return [self.hidden_grad, weight_grad, bias_grad]
+
+    def _tiles(self) -> list[slice]:
+        size = _TILE if self.hidden.device.type == "cpu" else self.head.vocab
+        return [slice(first, first + size) for first in range(0, self.head.vocab, size)]
+
+
+class _Rows:
+    """Logits that are there already, as a `_Side`."""
+
+    def __init__(self, values: Tensor, needed: bool, dtype: torch.dtype):
+        self.values, self.dtype = values, dtype
+        self.grad = torch.empty_like(values) if needed else None
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        return self.values[start:stop].to(self.dtype, copy=True)
+
+    def accumulate(self, start: int, stop: int, grad: Tensor) -> None:
+        if self.grad is not None:
+            self.grad[start:stop] = grad
+
+    def gradients(self) -> list[Tensor | None]:
+        return [self.grad, None, None]
