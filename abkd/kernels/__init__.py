@@ -10,8 +10,8 @@ from abkd import ranges
 from abkd.divergences import Divergence
 from abkd.errors import InputError
 from abkd.head import LMHead
-from abkd.kernels.chunked import chunked
-from abkd.kernels.reference import LinearLoss, reference
+from abkd.kernels.chunked import chunked_loss
+from abkd.kernels.reference import LinearLoss, reference_loss
 from abkd.targets import Targets
 
 __all__ = ["LinearDivergence", "LinearLoss", "Path", "linear_divergence", "linear_loss"]
@@ -112,10 +112,10 @@ def linear_loss(
         None if ce_weights is None else ce_weights.detach(),
     )
     if path == "reference":
-        return reference(*arguments)
+        return reference_loss(*arguments)
     if path == "auto":
         _say_once(_choice(student_hidden))
-    return chunked(*arguments, rows=rows)
+    return chunked_loss(*arguments, rows=rows)
 
 
 def _choice(hidden: Tensor) -> str:

@@ -1,6 +1,6 @@
 """Value and gradient chunk by chunk in the forward: no logits outlive their chunk; docs/kernels.md derives it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class Chunk:
     teacher_needs_grad: bool
 
 
-def chunked(
+def chunked_loss(
     hidden: Tensor,
     head: LMHead,
     targets: Targets,
@@ -138,9 +138,9 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
     hidden, teacher = tensors[0], tensors[3]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     num_rows = len(hidden)
-    student_side = _Side(hidden, plan.head, needed[0], needed[1], needed[2], dtype)
+    student_side = _Side(hidden, plan.head, needed[:3], plan.rows, dtype)
     teacher_side = (
-        _Side(teacher, plan.targets.head, needed[3], needed[4], needed[5], dtype)
+        _Side(teacher, plan.targets.head, needed[3:], plan.rows, dtype)
         if isinstance(plan.targets, HiddenTargets)
         else _Rows(teacher, needed[3], dtype)
     )
@@ -218,8 +218,9 @@ def torch_step(chunk: Chunk) -> Step | None:
         cross = None
         if chunk.ce_weights is not None and chunk.labels is not None:  # at temperature 1
             cross = chunk.labels[rows].unsqueeze(-1), chunk.ce_weights[rows].unsqueeze(-1)
-        log_q.div_(chunk.temperature).sub_(log_q.logsumexp(-1, keepdim=True))
-        log_p.div_(chunk.teacher_temperature).sub_(log_p.logsumexp(-1, keepdim=True))
+        for logits, temperature in ((log_q, chunk.temperature), (log_p, chunk.teacher_temperature)):
+            logits.div_(temperature).sub_(logits.amax(-1, keepdim=True))
+            logits.sub_(logits.exp().sum(-1, keepdim=True).log_())
         u = log_p - log_q
         mixed = (alpha * log_p).add_(log_q, alpha=beta)
         w = _power_difference(u, (alpha + beta) * log_q, mixed, alpha)  # q^beta (p^alpha - q^alpha) / alpha
@@ -268,18 +269,20 @@ def autograd_step(chunk: Chunk) -> Step:
 class _Side:
     """Hidden states and a head: logits of a range of rows, and the gradients of both gathered range by range."""
 
-    def __init__(self, hidden: Tensor, head: LMHead, hidden_needed, weight_needed, bias_needed, dtype: torch.dtype):
+    def __init__(self, hidden: Tensor, head: LMHead, needed: Sequence[bool], rows: int, dtype: torch.dtype):
+        hidden_needed, weight_needed, bias_needed = needed
         self.hidden, self.head, self.dtype = hidden, head, dtype
+        self._buffer = torch.empty(min(rows, len(hidden)), head.vocab, dtype=dtype, device=hidden.device)
         self._bent: Tensor | None = None  # d logits / d (hidden @ weight.T) where there is a soft-cap
         self.hidden_grad = torch.empty_like(hidden) if hidden_needed else None
         self.weight_grad = torch.zeros_like(head.weight, dtype=dtype) if weight_needed else None
         self.bias_grad = head.weight.new_zeros(head.vocab, dtype=dtype) if bias_needed else None
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """`[stop - start, vocab]`, in `dtype`."""
+        """`[stop - start, vocab]`, in `dtype`; the next call writes over it."""
         weight, bias = self.head.weight, self.head.bias
         rows = self.hidden[start:stop].to(self.dtype)
-        logits = torch.empty(len(rows), len(weight), dtype=self.dtype, device=rows.device)
+        logits = self._buffer[: len(rows)]
         for columns in self._tiles():
             tile = weight[columns].to(self.dtype)
             if len(rows) < 256 and rows.device.type == "cpu":

@@ -8,14 +8,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("rows.c")
-_FLAGS = ["-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+_NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+_FLAGS = ["-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 _FLAGS += ["-fassociative-math", "-ffp-contract=fast"]
 
 
@@ -25,23 +25,18 @@ def library() -> ctypes.CDLL | str:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return "no C compiler (cc, gcc, clang or $CC)"
-    target = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    command = [compiler, *_FLAGS, target, str(SOURCE), "-lm"]
-    key = hashlib.sha256("\n".join([*command, SOURCE.read_text(encoding="utf-8"), _processor()]).encode()).hexdigest()
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abkd"
-        folder.mkdir(parents=True, exist_ok=True)
-        built = folder / f"rows-{key[:16]}.so"
-        if not built.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as aside:
-                part = Path(aside) / "rows.so"
-                subprocess.run([*command, "-o", str(part)], check=True, capture_output=True, text=True)
-                os.replace(part, built)
-        loaded = ctypes.CDLL(str(built))
-    except subprocess.CalledProcessError as error:
-        return f"{compiler} cannot compile {SOURCE.name}: {(error.stderr.strip() or 'no message').splitlines()[0]}"
-    except OSError as error:
-        return f"{SOURCE.name} cannot be built or loaded: {error}"
+    reasons = []
+    for openmp in (True, False):  # without it one thread does the rows
+        try:
+            loaded = ctypes.CDLL(str(_build(compiler, openmp)))
+            break
+        except subprocess.CalledProcessError as error:
+            message = error.stderr.strip() or "no message"
+            reasons.append(f"{compiler} cannot compile {SOURCE.name}: {message.splitlines()[0]}")
+        except OSError as error:
+            reasons.append(f"{SOURCE.name} cannot be built or loaded: {error}")
+    else:
+        return reasons[-1]
     loaded.alpha_beta_rows.restype = ctypes.c_int64
     loaded.alpha_beta_rows.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 3 + [ctypes.c_float] * 4
     return loaded
@@ -71,14 +66,37 @@ def alpha_beta_rows(
     tensors = (student, teacher, weights, ce_weights, labels, divergence, entropy, cross_entropy)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
-    def run(start: int, stop: int) -> int:
-        return kernel.alpha_beta_rows(*pointers, start, stop, vocab, alpha, beta, student_scale, teacher_scale)
-
-    num_threads = min(torch.get_num_threads(), num_rows)
-    edges = [num_rows * i // num_threads for i in range(num_threads + 1)]
-    with ThreadPoolExecutor(num_threads) as pool:  # the kernel runs without Python's lock
-        skipped = sum(pool.map(run, edges[:-1], edges[1:]))
+    skipped = kernel.alpha_beta_rows(
+        *pointers, num_rows, vocab, torch.get_num_threads(), alpha, beta, student_scale, teacher_scale
+    )
     return None if skipped else (divergence, entropy, cross_entropy)
+
+
+def _build(compiler: str, openmp: bool) -> Path:
+    """The library in the user's cache, compiled if it is not there."""
+    compile_flags, link_flags = [*_FLAGS, _NATIVE], ["-shared", "-lm"]
+    if openmp:
+        compile_flags.append("-fopenmp")
+        link_flags.append(_openmp_runtime())
+    key = "\n".join([compiler, *compile_flags, *link_flags, SOURCE.read_text(encoding="utf-8"), _processor()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abkd"
+    built = folder / f"rows-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not built.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            commands = (
+                [compiler, *compile_flags, "-c", str(SOURCE), "-o", f"{aside}/rows.o"],
+                [compiler, f"{aside}/rows.o", *link_flags, "-o", f"{aside}/rows.so"],
+            )
+            for command in commands:
+                subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(f"{aside}/rows.so", built)
+    return built
+
+
+def _openmp_runtime() -> str:
+    """Torch's own, whose threads are awake already: those of a second one would compete with them for the cores."""
+    return next((str(file) for file in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")), "-fopenmp")
 
 
 def _processor() -> str:

@@ -21,7 +21,7 @@ class LinearLoss(NamedTuple):
     """CE of the labels at temperature 1, `[N]`, detached, nats; zeros without labels."""
 
 
-def reference(
+def reference_loss(
     hidden: Tensor,
     head: LMHead,
     targets: Targets,

@@ -56,16 +56,17 @@ static float extremes(const float *x, int64_t n, float *lowest) {
     return high[0];
 }
 
-/* Rows start..stop-1 of student and teacher `[rows, vocab]`. Writes weight * dD/dz (and, where ce_weight is given, ce_weight
+/* Student and teacher `[rows, vocab]`, on num_threads threads. Writes weight * dD/dz (and, where ce_weight is given, ce_weight
  * times the gradient of the cross-entropy with label) over student; uses teacher as scratch. Returns the number of rows
  * that it leaves out: with a logit at -inf or NaN, or a power too large. alpha and beta may be 0, alpha + beta may not. */
 int64_t alpha_beta_rows(float *student, float *teacher, const float *weight, const float *ce_weight, const int64_t *label,
-                        float *divergence, float *entropy, float *cross_entropy, int64_t start, int64_t stop, int64_t vocab,
-                        float alpha, float beta, float student_scale, float teacher_scale) {
+                        float *divergence, float *entropy, float *cross_entropy, int64_t rows, int64_t vocab,
+                        int64_t num_threads, float alpha, float beta, float student_scale, float teacher_scale) {
     const float s = alpha + beta, per_alpha = alpha == 0 ? 0 : 1 / alpha, per_beta = beta == 0 ? 0 : 1 / beta;
     const float scale_s = student_scale * LOG2E, scale_t = teacher_scale * LOG2E;
     int64_t skipped = 0;
-    for (int64_t row = start; row < stop; row++) {
+#pragma omp parallel for num_threads(num_threads) reduction(+ : skipped)
+    for (int64_t row = 0; row < rows; row++) {
         float *x = student + row * vocab, *y = teacher + row * vocab;
         float sum_x = 0, sum_y = 0, lowest = INFINITY;
         const float max_x = extremes(x, vocab, &lowest), max_y = extremes(y, vocab, &lowest);
