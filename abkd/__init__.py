@@ -10,33 +10,44 @@ if TYPE_CHECKING:
     from abkd.divergences import AlphaBeta, ForwardKL, ReverseKL
     from abkd.divergences.alpha_beta import alpha_beta, forward_kl, reverse_kl
     from abkd.errors import InputError
+    from abkd.head import LMHead
+    from abkd.kernels import linear_divergence
     from abkd.objective import Objective
+    from abkd.targets import DenseTargets, HiddenTargets
     from abkd.teachers.in_process import InProcessTeacher
     from abkd.trainer import DistillationTrainer
 
 _HOMES = {
     "AlphaBeta": "abkd.divergences",
+    "DenseTargets": "abkd.targets",
     "DistillationTrainer": "abkd.trainer",
     "ForwardKL": "abkd.divergences",
+    "HiddenTargets": "abkd.targets",
     "InProcessTeacher": "abkd.teachers.in_process",
     "InputError": "abkd.errors",
+    "LMHead": "abkd.head",
     "Objective": "abkd.objective",
     "ReverseKL": "abkd.divergences",
     "alpha_beta": "abkd.divergences",
     "forward_kl": "abkd.divergences",
+    "linear_divergence": "abkd.kernels",
     "reverse_kl": "abkd.divergences",
 }
 
 __all__ = [
     "AlphaBeta",
+    "DenseTargets",
     "DistillationTrainer",
     "ForwardKL",
+    "HiddenTargets",
     "InProcessTeacher",
     "InputError",
+    "LMHead",
     "Objective",
     "ReverseKL",
     "alpha_beta",
     "forward_kl",
+    "linear_divergence",
     "reverse_kl",
 ]
 __version__ = "0.1.0"

@@ -83,7 +83,12 @@ class Plain(DivergenceCalibration):
             student=torch.log_softmax(student / self.temperature, dim=-1),
             teacher=torch.log_softmax(teacher / teacher_temperature, dim=-1),
         )
-        return value * _factor(self.temperature, self.temperature_gradient_scale)
+        return value * self.factor
+
+    @property
+    def factor(self) -> float:
+        """T squared or 1."""
+        return _factor(self.temperature, self.temperature_gradient_scale)
 
 
 @dataclass(frozen=True)

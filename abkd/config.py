@@ -352,6 +352,9 @@ class Training(Section):
     """bf16 computes the student under autocast; its weights and the losses stay fp32."""
     activation_checkpointing: bool = False
     """Less memory, about a third more time."""
+    logits: Literal["auto", "fused", "dense"] = "auto"
+    """fused makes logits chunk by chunk, with the divergence and its gradient; dense makes all of a batch; auto is
+    fused where the objective and the student's output head allow it, and says which."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a GPU where there is one."""
     seed: int = Field(default=0, ge=0)

@@ -10,6 +10,9 @@ from abkd import ranges
 from abkd.calibrations import Calibration, Plain
 from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence
 from abkd.errors import InputError
+from abkd.head import LMHead
+from abkd.kernels import linear_loss
+from abkd.targets import Targets
 
 IGNORED_LABEL = -100
 
@@ -94,3 +97,42 @@ class Objective:
             ce_sum = ce_sum + torch.nn.functional.cross_entropy(student_logits, labels, reduction="sum")
         total = (self.kd_weight * kd_sum + self.ce_weight * ce_sum) / max(int(num_tokens), 1)
         return Loss(total, kd_sum.detach(), ce_sum.detach())
+
+    @property
+    def needs_logits(self) -> str:
+        """Why `linear` cannot be used, in a few words; empty where it can."""
+        if not isinstance(self.calibration, Plain):
+            return f"the calibration {self.calibration.kind}"  # type: ignore[union-attr]
+        return "" if self.kd_weight > 0 else "kd_weight=0"
+
+    def linear(
+        self,
+        *,
+        student_hidden: Tensor,
+        student_head: LMHead,
+        targets: Targets,
+        labels: Tensor,
+        num_tokens: Tensor | int,
+    ) -> Loss:
+        """The same loss without the logits, through `abkd.kernels.linear_loss`; for a plain calibration.
+
+        Args:
+            student_hidden: `[N, hidden]`, what the student's head receives at the counted tokens.
+            targets: of the teacher at the same tokens.
+            labels, num_tokens: as in a call.
+        """
+        plain = self.calibration
+        assert isinstance(plain, Plain) and not isinstance(plain.divergence, AlphaBetaSchedule)
+        each = torch.full((len(labels),), 1 / max(int(num_tokens), 1), device=labels.device)
+        cross_entropy = {"labels": labels, "ce_weights": self.ce_weight * each} if self.ce_weight > 0 else {}
+        total, divergence, _, ce = linear_loss(
+            student_hidden,
+            student_head,
+            targets,
+            divergence=plain.divergence,
+            token_weights=self.kd_weight * plain.factor * each,
+            temperature=plain.temperature,
+            teacher_temperature=plain.teacher_temperature,
+            **cross_entropy,
+        )
+        return Loss(total, plain.factor * divergence.sum(), ce.sum())

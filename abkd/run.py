@@ -166,6 +166,7 @@ def make_trainer(
         tokenizer=setup.tokenizer,
         callbacks=[MetricsWriter(run_dir.log), *callbacks],
         group_by_length=options.group_by_length,
+        logits=options.logits,
     )
     quiet(trainer)
     return trainer
@@ -188,6 +189,7 @@ def distil(
         run_dir.create(recipe.to_yaml())
     stop, bar = StopOnInterrupt(say), ProgressBar(run_dir.path.name)
     trainer = make_trainer(recipe, setup, student, run_dir, [stop, bar])
+    say(trainer.how_logits)
     setup.teacher.model.to(trainer.args.device)
     measured = measured or run_dir.read_json(BEFORE) or measure_before(recipe, setup, student)
     run_dir.write_json(BEFORE, measured)

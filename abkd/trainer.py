@@ -3,8 +3,9 @@
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ from abkd.data.instructions import Example
 from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence, ForwardKL, ReverseKL
 from abkd.errors import InputError
 from abkd.evaluation.fidelity import fidelity
-from abkd.head import completion_logits
+from abkd.head import LMHead, completion_hidden, completion_logits, unwrapped
 from abkd.objective import Objective, completion_mask
 from abkd.rundir import WHOLE_MARK
 from abkd.teachers.in_process import InProcessTeacher
@@ -40,6 +41,9 @@ class DistillationTrainer(Trainer):
         train_examples, validation_examples: tokenised instructions.
         tokenizer: pads the batches, and is saved beside the student.
         group_by_length: batches of examples of like length.
+        logits: "dense" makes all logits of a batch; "fused" makes them chunk by chunk (`abkd.kernels`), which
+            takes a plain calibration and a head that `LMHead` represents; "auto" is fused where that is so.
+            `how_logits` says in one line which it is and why.
 
     The gradient of an optimiser step is that of the mean over all its counted tokens, however they are
     spread over micro-batches and ranks. Logs `loss`, its terms `kd` and `ce` (means per token),
@@ -60,6 +64,7 @@ class DistillationTrainer(Trainer):
         tokenizer: Any,
         callbacks: Sequence[TrainerCallback] = (),
         group_by_length: bool = False,
+        logits: Literal["auto", "fused", "dense"] = "auto",
     ):
         if args.n_gpu > 1:
             raise InputError(
@@ -79,6 +84,7 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher
         self.objective = objective
         self.group_by_length = group_by_length
+        self._head, self.how_logits = _fused_head(self.model, objective, logits)
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the step's tokens
         self._exponents: dict[str, float] = {}
         self._logged = dict.fromkeys(("kd", "ce", "num_tokens"), 0.0)
@@ -93,17 +99,24 @@ class DistillationTrainer(Trainer):
         labels, example_ids = inputs["labels"], inputs["example_ids"]
         mask = completion_mask(labels)
         batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "mask": mask}
-        teacher_logits = None
-        if self.objective.kd_weight > 0:
-            teacher_logits = self.teacher.logits(**batch, example_ids=example_ids).to(labels.device)
         if isinstance(self.objective.divergence, AlphaBetaSchedule):
             self._exponents = self.objective.divergence.at(self._progress()).parameters  # the last used are logged
-        loss = self.objective.at(self._progress())(
-            student_logits=completion_logits(model, **batch),
-            teacher_logits=teacher_logits,
-            labels=labels[:, 1:][mask],
-            num_tokens=mask.sum() if num_items_in_batch is None else num_items_in_batch,
-        )
+        objective = self.objective.at(self._progress())
+        counted: dict[str, Any] = {
+            "labels": labels[:, 1:][mask],
+            "num_tokens": mask.sum() if num_items_in_batch is None else num_items_in_batch,
+        }
+        if self._head is not None:
+            targets = self.teacher.targets(**batch, example_ids=example_ids)
+            hidden = completion_hidden(model, **batch)
+            layer = unwrapped(model).get_output_embeddings()  # its weight is another object once the model is wrapped
+            head = replace(self._head, weight=layer.weight, bias=layer.bias)
+            loss = objective.linear(student_hidden=hidden, student_head=head, targets=targets, **counted)
+        else:
+            teacher_logits = None
+            if self.objective.kd_weight > 0:
+                teacher_logits = self.teacher.logits(**batch, example_ids=example_ids).to(labels.device)
+            loss = objective(student_logits=completion_logits(model, **batch), teacher_logits=teacher_logits, **counted)
         if not torch.isfinite(loss.total):
             raise InputError(
                 f"the loss is {loss.total.item()} at step {self.state.global_step + 1}; lower training.learning_rate "
@@ -225,6 +238,22 @@ class StopOnInterrupt(TrainerCallback):
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+
+
+def _fused_head(model: nn.Module, objective: Objective, logits: str) -> tuple[LMHead | None, str]:
+    """The student's head where the fused path is asked for and possible, and one line that says what was chosen."""
+    if logits == "dense":
+        return None, "logits: dense, as asked for"
+    if reason := objective.needs_logits:
+        if logits == "fused":
+            raise InputError(f"training.logits=fused cannot do {reason}; set training.logits=auto")
+        return None, f"logits: dense, because of {reason}"
+    try:
+        return LMHead.of(model), "logits: fused with the divergence, chunk by chunk"
+    except InputError as error:
+        if logits == "fused":
+            raise InputError(f"training.logits: {error}") from None
+        return None, f"logits: dense, because {error}"
 
 
 def quiet(trainer: Trainer) -> None:

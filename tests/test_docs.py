@@ -15,24 +15,30 @@ from abkd.run import make_objective
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+BLOCKS = {
+    f"{page.name} {number}": block
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+}
 
 
-def test_there_are_two_python_blocks():
-    assert len(BLOCKS) == 2
+def test_the_python_blocks_are_found():
+    assert {"README.md 0", "README.md 1", "kernels.md 0"} <= set(BLOCKS)
 
 
 @pytest.mark.wheel
-@pytest.mark.parametrize("number", range(2))
-def test_python_blocks_of_the_readme_run(number, tmp_path):
-    done = subprocess.run([sys.executable, "-c", BLOCKS[number]], cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_python_blocks_of_the_docs_run(name, tmp_path):
+    done = subprocess.run([sys.executable, "-c", BLOCKS[name]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_the_docs_name_exist(page):
     text = page.read_text(encoding="utf-8")
-    named = re.findall(r"`((?:abkd|docs|tests|scripts)/[\w/.]*)`", text) + re.findall(r"\]\(([\w/.]+\.\w+)\)", text)
+    named = re.findall(r"`((?:abkd|benchmarks|docs|tests|scripts)/[\w/.]*)`", text) + re.findall(
+        r"\]\(([\w/.]+\.\w+)\)", text
+    )
     assert [name for name in named if not ((ROOT / name).exists() or (page.parent / name).exists())] == []
 
 

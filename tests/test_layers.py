@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "abkd"
 FLOORS = {
     "errors": -2, "ranges": -1,
     "config": 0, "divergences": 0, "head": 0, "vocab": 0, "rundir": 0, "paths": 0,
-    "generation": 1, "calibrations": 1,
+    "generation": 1, "calibrations": 1, "targets": 1, "kernels": 2,
     "objective": 3,
     "teachers": 4, "data": 4, "models": 4, "evaluation": 4, "analysis": 4,
     "trainer": 5,

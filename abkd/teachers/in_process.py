@@ -5,11 +5,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abkd.errors import InputError
-from abkd.head import completion_logits
+from abkd.head import LMHead, completion_hidden, completion_logits
+from abkd.targets import DenseTargets, HiddenTargets, Targets
 
 
 class InProcessTeacher:
-    """Gives the logits at the completion tokens of a batch; never trains, never keeps a graph.
+    """Gives logits, or what stands for them, at the completion tokens of a batch; never trains, never keeps a graph.
 
     Args:
         model: a causal language model. It is frozen and put in evaluation mode, in place.
@@ -22,7 +23,7 @@ class InProcessTeacher:
         self.model = model.eval().requires_grad_(False)
         self.remember = remember
         self._hidden: dict[int, Tensor] = {}  # example id -> [num_tokens, hidden]
-        self._head_is_plain = False
+        self._head: LMHead | str | None = None  # or why there is none, or not yet read
 
     @torch.no_grad()
     def logits(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, example_ids: Tensor) -> Tensor:
@@ -33,33 +34,42 @@ class InProcessTeacher:
             mask: bool `[batch, length - 1]`, True at (b, t) counts the prediction of token t + 1.
             example_ids: `[batch]`, what `remember` goes by.
         """
-        device = self.model.device
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask}
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        inputs = self._on_device(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
         if not self.remember:
             return completion_logits(self.model, **inputs)
+        return self._read_head().logits(self._remembered(example_ids, **inputs))
+
+    @torch.no_grad()
+    def targets(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, example_ids: Tensor) -> Targets:
+        """Hidden states with the head where the head can be read, else logits. Arguments as `logits`."""
+        inputs = self._on_device(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
+        if self.remember:
+            return HiddenTargets(self._remembered(example_ids, **inputs), self._read_head())
+        try:
+            head = self._read_head()
+        except InputError:
+            return DenseTargets(completion_logits(self.model, **inputs))
+        return HiddenTargets(completion_hidden(self.model, **inputs), head)
+
+    def _on_device(self, **tensors: Tensor) -> dict[str, Tensor]:
+        return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
+
+    def _remembered(self, example_ids: Tensor, **inputs: Tensor) -> Tensor:
+        """`[N, hidden]`, out of memory; what is not there yet is made."""
         ids = example_ids.tolist()
         if not all(example_id in self._hidden for example_id in ids):
-            hidden = self._last_hidden(**inputs)
-            lengths = mask.sum(dim=1).tolist()
+            self._read_head()
+            hidden = completion_hidden(self.model, **inputs)
+            lengths = inputs["mask"].sum(dim=1).tolist()
             self._hidden.update(zip(ids, (rows.cpu().clone() for rows in hidden.split(lengths)), strict=True))
-        known = torch.cat([self._hidden[example_id] for example_id in ids])
-        return self.model.get_output_embeddings()(known.to(device))
+        return torch.cat([self._hidden[example_id] for example_id in ids]).to(self.model.device)
 
-    def _last_hidden(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
-        """`[N, hidden]`: what the output head receives at the counted tokens."""
-        if not self._head_is_plain:
-            self._check_head(input_ids[:1])
-        body = self.model.base_model
-        states = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return states[:, :-1][mask]
-
-    def _check_head(self, input_ids: Tensor) -> None:
-        states = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        from_states = self.model.get_output_embeddings()(states)
-        if not torch.allclose(from_states, self.model(input_ids=input_ids).logits, rtol=1e-3, atol=1e-3):
-            raise InputError(
-                "teacher.remember: this model changes its logits after the output layer "
-                "(a soft-cap or a scale), which hidden states do not carry; set teacher.remember=false"
-            )
-        self._head_is_plain = True
+    def _read_head(self) -> LMHead:
+        if self._head is None:
+            try:
+                self._head = LMHead.of(self.model)
+            except InputError as error:
+                self._head = str(error)
+        if isinstance(self._head, str):
+            raise InputError(f"teacher: {self._head}, and teacher.remember=false")
+        return self._head

@@ -4,6 +4,7 @@ from conftest import make_gpt2, make_llama
 
 from abkd import InProcessTeacher, InputError
 from abkd.head import completion_logits
+from abkd.targets import DenseTargets
 
 VOCAB = 40
 
@@ -62,7 +63,7 @@ def test_what_is_remembered_is_not_computed_again():
     assert calls
 
 
-def test_a_head_that_hidden_states_do_not_describe_is_refused_by_name():
+def test_a_soft_cap_is_remembered_too():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -70,8 +71,27 @@ def test_a_head_that_hidden_states_do_not_describe_is_refused_by_name():
         num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.1, attn_implementation="eager", pad_token_id=0,
     )  # fmt: skip
     model, inputs = Gemma2ForCausalLM(config), batch()
-    truth = completion_logits(model.eval(), **inputs)
-    plain = InProcessTeacher(model).logits(**inputs, example_ids=torch.arange(3))
-    torch.testing.assert_close(plain, truth.detach())
-    with pytest.raises(InputError, match=r"teacher\.remember: .*soft-cap.*teacher\.remember=false"):
+    truth = completion_logits(model.eval(), **inputs).detach()
+    for remember in (False, True):
+        teacher = InProcessTeacher(model, remember=remember)
+        torch.testing.assert_close(teacher.logits(**inputs, example_ids=torch.arange(3)), truth)
+        targets = teacher.targets(**inputs, example_ids=torch.arange(3))
+        torch.testing.assert_close(targets.logits(0, len(truth)), truth)
+
+
+def test_a_head_that_cannot_be_read_gives_logits_and_cannot_be_remembered():
+    model, inputs = make_llama(VOCAB), batch()
+    forward = model.forward
+
+    def odd(*arguments, **options):
+        output = forward(*arguments, **options)
+        output.logits = output.logits.abs()
+        return output
+
+    model.forward = odd
+    truth = completion_logits(model, **inputs)
+    targets = InProcessTeacher(model).targets(**inputs, example_ids=torch.arange(3))
+    assert isinstance(targets, DenseTargets)
+    torch.testing.assert_close(targets.values, truth.detach())
+    with pytest.raises(InputError, match=r"teacher: LlamaForCausalLM does more .*teacher\.remember=false"):
         InProcessTeacher(model, remember=True).logits(**inputs, example_ids=torch.arange(3))
