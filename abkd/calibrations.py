@@ -52,6 +52,10 @@ class DivergenceCalibration(Calibration):
 
     divergence: Divergence | AlphaBetaSchedule = field(default_factory=ForwardKL)
 
+    def __post_init__(self):
+        if not isinstance(self.divergence, (Divergence, AlphaBetaSchedule)):
+            raise InputError(f"divergence must be one of abkd.divergences, as in ForwardKL(), got {self.divergence!r}")
+
     def at(self, progress: float) -> "DivergenceCalibration":
         return replace(self, divergence=self.divergence.at(progress))
 
@@ -75,6 +79,7 @@ class Plain(DivergenceCalibration):
     kind = "plain"
 
     def __post_init__(self):
+        super().__post_init__()
         ranges.temperatures(self.temperature, self.teacher_temperature, self.temperature_gradient_scale)
 
     def per_sample(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
@@ -116,12 +121,13 @@ class DKD(DivergenceCalibration):
     needs_labels = True
 
     def __post_init__(self):
+        super().__post_init__()
         ranges.weights(target_weight=self.target_weight, nontarget_weight=self.nontarget_weight)
         ranges.temperatures(self.temperature, None, self.temperature_gradient_scale)
 
     def per_sample(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         assert labels is not None
-        is_target = torch.zeros_like(student, dtype=torch.bool).scatter_(-1, labels.unsqueeze(-1), True)
+        is_target = torch.zeros_like(student, dtype=torch.bool).scatter_(-1, labels.long().unsqueeze(-1), True)
         student, teacher = student / self.temperature, teacher / self.temperature
         value = student.new_zeros(len(labels))
         if self.target_weight > 0:
@@ -142,8 +148,8 @@ class LSD(DivergenceCalibration):
     Args:
         temperature, temperature_gradient_scale: as in `Plain`.
 
-    Edges: mean and sd are over a row's finite logits; one at -inf stays there. A constant row becomes zeros,
-        with zero gradient.
+    Edges: mean and sd are over a row's logits above -inf, which alone forbids a class: a finite stand-in such as
+        -1e9 would decide both. A constant row becomes zeros, with zero gradient.
 
     Source: Sun et al., "Logit standardization in knowledge distillation", CVPR 2024, with sd over all classes as
         published; its code takes the unbiased estimate plus 1e-7.
@@ -154,6 +160,7 @@ class LSD(DivergenceCalibration):
     kind = "lsd"
 
     def __post_init__(self):
+        super().__post_init__()
         ranges.temperatures(self.temperature, None, self.temperature_gradient_scale)
 
     def per_sample(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
@@ -177,7 +184,8 @@ class TTM(DivergenceCalibration):
     kind = "ttm"
 
     def __post_init__(self):
-        ranges.positive("exponent", self.exponent)
+        super().__post_init__()
+        ranges.exponent(self.exponent)
 
     def per_sample(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         transformed = (self.exponent * teacher).log_softmax(-1)
@@ -228,9 +236,9 @@ class DIST(Calibration):
         ranges.temperatures(self.temperature, None, self.temperature_gradient_scale)
 
     def per_sample(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        q, p = (torch.softmax(logits / self.temperature, dim=-1) for logits in (student, teacher))
-        between_classes = correlation_distance(q, p)
-        over_the_batch = correlation_distance(q.mT, p.mT).mean()
+        log_q, log_p = (torch.log_softmax(logits / self.temperature, dim=-1) for logits in (student, teacher))
+        between_classes = correlation_distance(_up_to_scale(log_q), _up_to_scale(log_p))
+        over_the_batch = correlation_distance(_up_to_scale(log_q.mT), _up_to_scale(log_p.mT)).mean()
         value = self.inter_weight * between_classes + self.intra_weight * over_the_batch
         return value * _factor(self.temperature, self.temperature_gradient_scale)
 
@@ -240,7 +248,8 @@ class MLKD(DivergenceCalibration):
     """Sum over T of T^2 * divergence + |Q Q^T - P P^T|^2 / N + |Q^T Q - P^T P|^2 / classes.
 
     Q and P hold the batch's probabilities at temperature T, `[N, classes]`. The two last terms, squares of
-    Frobenius norms, belong to the batch and are the same for each of its samples.
+    Frobenius norms, belong to the batch and are the same for each of its samples. No matrix of the size of the
+    classes squared is made.
 
     Args:
         temperatures: > 0, at least one.
@@ -254,6 +263,7 @@ class MLKD(DivergenceCalibration):
     kind = "mlkd"
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "temperatures", ranges.several_temperatures(self.temperatures))
 
     def per_sample(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
@@ -262,8 +272,10 @@ class MLKD(DivergenceCalibration):
         for temperature in self.temperatures:
             log_q, log_p = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
             q, p = log_q.exp(), log_p.exp()
+            error, both = q - p, q @ q.mT + p @ p.mT
             samples = (q @ q.mT - p @ p.mT).square().sum() / max(num_samples, 1)
-            classes = (q.mT @ q - p.mT @ p).square().sum() / num_classes
+            mixed = (error @ p.mT) * (error @ q.mT).mT
+            classes = ((error @ error.mT) * both + 2 * mixed).sum() / num_classes  # of N x N products alone
             value = value + temperature**2 * self.divergence(student=log_q, teacher=log_p) + samples + classes
         return value
 
@@ -286,31 +298,43 @@ def _log_sum(log_probabilities: Tensor) -> Tensor:
 
 
 def standardize(logits: Tensor) -> Tensor:
-    """(z - mean) / sd of each row's finite logits, `[..., classes]`; a row of equal logits gives zeros."""
+    """(z - mean) / sd of each row's logits above -inf, `[..., classes]`; a row of equal logits gives zeros."""
     there = ~logits.isneginf()
-    count = there.sum(-1, keepdim=True)
-    centred = (logits - logits.masked_fill(~there, 0.0).sum(-1, keepdim=True) / count).masked_fill(~there, 0.0)
+    count = there.sum(-1, keepdim=True).to(logits.dtype)
+    centred = (logits - (logits.masked_fill(~there, 0.0) / count).sum(-1, keepdim=True)).masked_fill(~there, 0.0)
     lowest = logits.masked_fill(~there, math.inf).amin(-1, keepdim=True)
-    constant = lowest == logits.amax(-1, keepdim=True)
-    centred = centred.masked_fill(constant, 0.0)
-    variance = (centred.square().sum(-1, keepdim=True) / count).masked_fill(constant, 1.0)
-    return (centred / variance.sqrt()).masked_fill(~there, -math.inf)
+    centred = centred.masked_fill(lowest == logits.amax(-1, keepdim=True), 0.0)
+    return (_unit(centred) * count.sqrt()).masked_fill(~there, -math.inf)
 
 
 def correlation_distance(first: Tensor, second: Tensor) -> Tensor:
     """1 - r, r Pearson's correlation of two rows `[..., n]`, between 0 and 2; 1 where a row is constant."""
-    first, second = _unit(first), _unit(second)
+    first, second = (_unit(_centred(row)) for row in (first, second))
     aligned = (first - second).square().sum(-1) / 2  # of unit vectors: without cancellation at r = 1
     constant = (first == 0).all(-1) | (second == 0).all(-1)
     return aligned.masked_fill(constant, 1.0)
 
 
-def _unit(row: Tensor) -> Tensor:
-    """The row less its mean, of length 1; zeros where it is constant."""
+def _up_to_scale(log_row: Tensor) -> Tensor:
+    """e^log_row over its largest: a correlation does not see the factor, and nothing underflows that matters."""
+    if log_row.numel() == 0:
+        return log_row.exp()
+    largest = log_row.detach().amax(-1, keepdim=True)
+    return (log_row - largest.masked_fill(largest.isneginf(), 0.0)).exp()
+
+
+def _centred(row: Tensor) -> Tensor:
+    """The row less its mean; exactly zeros where it is constant."""
     constant = (row == row[..., :1]).all(-1, keepdim=True)
-    centred = (row - row.mean(-1, keepdim=True)).masked_fill(constant, 0.0)
-    squares = centred.square().sum(-1, keepdim=True).masked_fill(constant, 1.0)
-    return centred / squares.sqrt()
+    return (row - row.mean(-1, keepdim=True)).masked_fill(constant, 0.0)
+
+
+def _unit(row: Tensor) -> Tensor:
+    """The row at length 1, zeros where it is zeros. Its squares neither underflow nor overflow."""
+    nothing = (row == 0).all(-1, keepdim=True)
+    size = row.detach().abs().amax(-1, keepdim=True) if row.shape[-1] else row.new_ones((*row.shape[:-1], 1))
+    row = row / size.masked_fill(nothing, 1.0)
+    return row / row.square().sum(-1, keepdim=True).masked_fill(nothing, 1.0).sqrt()
 
 
 def _factor(temperature: float, scale: Scale) -> float:
@@ -318,7 +342,7 @@ def _factor(temperature: float, scale: Scale) -> float:
 
 
 def _check(student: Tensor, teacher: Tensor, labels: Tensor | None, needs_labels: bool) -> None:
-    if student.dim() != 2 or student.shape != teacher.shape:
+    if student.dim() != 2 or student.shape != teacher.shape or student.shape[1] == 0:
         raise InputError(
             f"student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must have one shape "
             "[N, classes]"
@@ -328,6 +352,8 @@ def _check(student: Tensor, teacher: Tensor, labels: Tensor | None, needs_labels
     if labels is None or labels.shape != student.shape[:1]:
         found = "None" if labels is None else tuple(labels.shape)
         raise InputError(f"labels must be [N] with N={student.shape[0]}, got {found}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"labels must be int64, got {labels.dtype}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < student.shape[1]:
         raise InputError(
             f"labels must lie between 0 and {student.shape[1] - 1}, got {int(labels.min())} to {int(labels.max())}"

@@ -9,16 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from abkd import ranges
 from abkd.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
 
-Real = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is refused: input should be a number")
+    return value
+
+
+Real = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
@@ -150,7 +157,19 @@ Divergence = Annotated[
 ]
 
 
-class DKD(Section):
+class _Tempered(Section):
+    """A calibration with one temperature."""
+
+    temperature: Positive
+    temperature_gradient_scale: Literal["none", "squared"] = "squared"
+
+    @model_validator(mode="after")
+    def _in_bounds(self):
+        ranges.temperatures(self.temperature, None, self.temperature_gradient_scale)
+        return self
+
+
+class DKD(_Tempered):
     """Target and non-target classes apart. The divergence is that of the non-target ones."""
 
     kind: Literal["dkd"]
@@ -158,7 +177,6 @@ class DKD(Section):
     target_weight: NonNegative = 1.0
     nontarget_weight: NonNegative = 8.0
     temperature: Positive = 4.0
-    temperature_gradient_scale: Literal["none", "squared"] = "squared"
 
     @model_validator(mode="after")
     def _a_weight(self):
@@ -166,13 +184,12 @@ class DKD(Section):
         return self
 
 
-class LSD(Section):
+class LSD(_Tempered):
     """Standardised logits."""
 
     kind: Literal["lsd"]
     divergence: Divergence = ForwardKL(kind="forward_kl")
     temperature: Positive = 2.0
-    temperature_gradient_scale: Literal["none", "squared"] = "squared"
 
 
 class TTM(Section):
@@ -183,24 +200,25 @@ class TTM(Section):
     exponent: Positive = 0.1
     """Of the teacher's probabilities, 1/T of its temperature."""
 
+    @model_validator(mode="after")
+    def _in_bounds(self):
+        ranges.exponent(self.exponent)
+        return self
 
-class WTTM(Section):
+
+class WTTM(TTM):
     """ttm with each sample weighted by its power sum."""
 
-    kind: Literal["wttm"]
-    divergence: Divergence = ForwardKL(kind="forward_kl")
-    exponent: Positive = 0.1
-    """As in ttm."""
+    kind: Literal["wttm"]  # type: ignore[assignment]
 
 
-class DIST(Section):
+class DIST(_Tempered):
     """Pearson correlations, over a sample's classes and over the batch. Has no divergence."""
 
     kind: Literal["dist"]
     inter_weight: NonNegative = 1.0
     intra_weight: NonNegative = 1.0
     temperature: Positive = 4.0
-    temperature_gradient_scale: Literal["none", "squared"] = "squared"
 
     @model_validator(mode="after")
     def _a_weight(self):
@@ -214,6 +232,11 @@ class MLKD(Section):
     kind: Literal["mlkd"]
     divergence: Divergence = ForwardKL(kind="forward_kl")
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (2.0, 3.0, 4.0, 5.0, 6.0)
+
+    @model_validator(mode="after")
+    def _in_bounds(self):
+        ranges.several_temperatures(self.temperatures)
+        return self
 
 
 Calibration = Annotated[DKD | LSD | TTM | WTTM | DIST | MLKD, Field(discriminator="kind")]
@@ -316,9 +339,8 @@ class Objective(Section):
 
     @model_validator(mode="after")
     def _something_to_learn(self):
-        if self.kd_weight == self.ce_weight == 0:
-            raise ValueError("kd_weight and ce_weight are both 0: nothing to learn; set one above 0")
-        ranges.warmup(self.kd_warmup, self.ce_weight)
+        ranges.loss_weights(self.kd_weight, self.ce_weight)
+        ranges.warmup(self.kd_warmup, self.kd_weight, self.ce_weight)
         return self
 
     @model_validator(mode="after")

@@ -51,12 +51,8 @@ class Objective:
     def __post_init__(self):
         if not isinstance(self.calibration, Calibration):
             object.__setattr__(self, "calibration", Plain(self.calibration))
-        for name in ("kd_weight", "ce_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} must be finite and >= 0, got {getattr(self, name)!r}")
-        if self.kd_weight == self.ce_weight == 0:
-            raise InputError("kd_weight and ce_weight are both 0: nothing to learn; set one above 0")
-        ranges.warmup(self.kd_warmup, self.ce_weight)
+        ranges.loss_weights(self.kd_weight, self.ce_weight)
+        ranges.warmup(self.kd_warmup, self.kd_weight, self.ce_weight)
 
     @property
     def divergence(self) -> Divergence | AlphaBetaSchedule | None:
@@ -66,6 +62,8 @@ class Objective:
     def at(self, progress: float) -> "Objective":
         """The objective at `progress`, 0 to 1, of the training: its schedule a divergence, its kd_weight as warm as
         it is then."""
+        if not 0 <= progress <= 1:
+            raise InputError(f"progress must lie between 0 and 1, got {progress!r}")
         warmth = 1.0 if progress >= self.kd_warmup else progress / self.kd_warmup
         return replace(
             self, calibration=self.calibration.at(progress), kd_weight=warmth * self.kd_weight, kd_warmup=0.0
@@ -77,7 +75,7 @@ class Objective:
         """The loss of one micro-batch, so scaled that micro-batches and ranks add up to the whole step's mean.
 
         Args:
-            student_logits: `[N, vocab]` at the N counted tokens of this micro-batch.
+            student_logits: `[N, vocab]` at the N counted tokens of this micro-batch; computed in fp32.
             teacher_logits: `[N, vocab]`; None only where kd_weight is 0.
             labels: `[N]`, the tokens that follow.
             num_tokens: counted tokens of the whole optimiser step, over accumulation and ranks; at least 1 is used.
@@ -85,10 +83,14 @@ class Objective:
         Returns:
             Without a counted token, zeros attached to the graph of `student_logits`.
         """
+        if labels.shape != student_logits.shape[:1]:
+            raise InputError(f"labels must be [N] = [{len(student_logits)}], got {tuple(labels.shape)}")
+        if self.kd_weight > 0 and teacher_logits is None:
+            raise InputError("teacher_logits is None, and kd_weight is above 0; give them, or set kd_weight=0")
         student_logits = student_logits.float()
         kd_sum = ce_sum = student_logits.sum() * 0.0 if len(labels) == 0 else student_logits.new_zeros(())
         if self.kd_weight > 0:
-            assert teacher_logits is not None and isinstance(self.calibration, Calibration)
+            assert isinstance(self.calibration, Calibration) and teacher_logits is not None
             per_token = self.calibration(
                 student_logits=student_logits, teacher_logits=teacher_logits.float(), labels=labels
             )

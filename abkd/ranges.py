@@ -1,6 +1,7 @@
 """What the parameters of divergences and calibrations may be. No torch: recipes are checked here too."""
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 from abkd.errors import InputError
@@ -19,7 +20,8 @@ MIX_ENDS = {
 
 def finite(name: str, value: float) -> float:
     """`value` as a float, where it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or abs(value) > 1e300 or not math.isfinite(value):
         raise InputError(f"{name} must be a finite number, got {value!r}")
     return float(value)
 
@@ -100,11 +102,23 @@ def check(kind: str, **parameters: float) -> None:
         _CHECKS[kind](**parameters)
 
 
+def _bounded(name: str, value: float) -> float:
+    """`value` as a float, where its square and its logits' quotient are ordinary numbers in fp32."""
+    if not 1e-6 <= finite(name, value) <= 1e6:
+        raise InputError(f"{name} must be above 0, between 1e-6 and 1e6, got {value!r}")
+    return float(value)
+
+
+def exponent(value: float) -> float:
+    """Of a transformed teacher, 1/T."""
+    return _bounded("exponent", value)
+
+
 def temperatures(temperature: float, teacher_temperature: float | None, gradient_scale: str) -> None:
     """Both above 0; their square is one factor only where they are one value."""
-    positive("temperature", temperature)
+    _bounded("temperature", temperature)
     if teacher_temperature is not None:
-        positive("teacher_temperature", teacher_temperature)
+        _bounded("teacher_temperature", teacher_temperature)
     if gradient_scale not in ("none", "squared"):
         raise InputError(f"temperature_gradient_scale must be none or squared, got {gradient_scale!r}")
     if gradient_scale == "squared" and teacher_temperature not in (None, temperature):
@@ -116,9 +130,9 @@ def temperatures(temperature: float, teacher_temperature: float | None, gradient
 
 def several_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     """All above 0, at least one."""
-    if isinstance(temperatures, (str, int, float)) or len(temperatures) == 0:
+    if not isinstance(temperatures, (list, tuple)) or len(temperatures) == 0:
         raise InputError(f"temperatures must be a list of at least one number above 0, got {temperatures!r}")
-    return tuple(positive("temperatures", temperature) for temperature in temperatures)
+    return tuple(_bounded("temperatures", temperature) for temperature in temperatures)
 
 
 def weights(**values: float) -> None:
@@ -130,12 +144,22 @@ def weights(**values: float) -> None:
         raise InputError(f"{' and '.join(values)} are both 0: nothing to learn; set one above 0")
 
 
-def warmup(kd_warmup: float, ce_weight: float) -> None:
+def loss_weights(kd_weight: float, ce_weight: float) -> None:
+    """Both finite and >= 0 in fp32, not both 0."""
+    for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
+        if not 0 <= finite(name, value) <= 1e30:
+            raise InputError(f"{name} must lie between 0 and 1e30, got {value!r}")
+    if kd_weight == ce_weight == 0:
+        raise InputError("kd_weight and ce_weight are both 0: nothing to learn; set one above 0")
+
+
+def warmup(kd_warmup: float, kd_weight: float, ce_weight: float) -> None:
     """A share of the training, for one term against another."""
     if not 0 <= finite("kd_warmup", kd_warmup) <= 1:
         raise InputError(f"kd_warmup is a share of the training, between 0 and 1, got {kd_warmup!r}")
-    if kd_warmup > 0 and ce_weight == 0:
+    if kd_warmup > 0 and 0 in (kd_weight, ce_weight):
+        zero = "ce_weight" if ce_weight == 0 else "kd_weight"
         raise InputError(
-            f"kd_warmup={kd_warmup!r} raises kd_weight against ce_weight, which is 0; "
-            "set ce_weight above 0, or warm the learning rate up instead"
+            f"kd_warmup={kd_warmup!r} raises kd_weight against ce_weight, and {zero} is 0; "
+            f"set {zero} above 0, or warm the learning rate up instead"
         )

@@ -296,6 +296,8 @@ class TestContract:
         (torch.zeros(4, dtype=torch.long), r"labels must be \[N\] with N=5, got \(4,\)"),
         (torch.tensor([0, 1, 2, 3, 7]), "labels must lie between 0 and 6, got 0 to 7"),
         (torch.tensor([0, 1, 2, 3, -100]), "labels must lie between 0 and 6, got -100 to 3"),
+        (torch.tensor([0, 1, 2, 3, -1]), "labels must lie between 0 and 6, got -1 to 3"),
+        (torch.zeros(5), "labels must be int64, got torch.float32"),
     ],
 )
 def test_mistaken_labels_are_refused(labels, message):
@@ -306,25 +308,89 @@ def test_mistaken_labels_are_refused(labels, message):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Plain(temperature=0.0), "temperature must be above 0, got 0.0"),
+        (lambda: Plain(temperature=0.0), "temperature must be above 0, between 1e-6 and 1e6, got 0.0"),
         (lambda: Plain(temperature=math.inf), "temperature must be a finite number, got inf"),
-        (lambda: Plain(teacher_temperature=-1.0), "teacher_temperature must be above 0, got -1.0"),
+        (
+            lambda: Plain(teacher_temperature=-1.0),
+            "teacher_temperature must be above 0, between 1e-6 and 1e6, got -1.0",
+        ),
         (lambda: Plain(temperature_gradient_scale="cubed"), "temperature_gradient_scale must be none or squared"),
         (
             lambda: Plain(AB, 2.0, 3.0, "squared"),
             "temperature_gradient_scale=squared needs one temperature, got 2.0 and teacher_temperature=3.0",
         ),
+        (lambda: DKD(4.0), r"divergence must be one of abkd.divergences, as in ForwardKL\(\), got 4.0"),
+        (lambda: Plain(ForwardKL), "divergence must be one of abkd.divergences"),
+        (lambda: Plain(temperature=1e200), "temperature must be above 0, between 1e-6 and 1e6, got 1e"),
+        (lambda: Plain(temperature=10**400), "temperature must be a finite number"),
+        (lambda: MLKD(temperatures=None), "temperatures must be a list of at least one number above 0, got None"),
         (lambda: DKD(target_weight=-1.0), "target_weight must be >= 0, got -1.0"),
         (lambda: DKD(target_weight=0, nontarget_weight=0), "target_weight and nontarget_weight are both 0"),
         (lambda: DIST(inter_weight=math.nan), "inter_weight must be a finite number, got nan"),
-        (lambda: TTM(exponent=0.0), "exponent must be above 0, got 0.0"),
+        (lambda: TTM(exponent=0.0), "exponent must be above 0, between 1e-6 and 1e6, got 0.0"),
         (lambda: MLKD(temperatures=()), r"temperatures must be a list of at least one number above 0, got \(\)"),
-        (lambda: MLKD(temperatures=[1.0, 0.0]), "temperatures must be above 0, got 0.0"),
+        (lambda: MLKD(temperatures=[1.0, 0.0]), "temperatures must be above 0, between 1e-6 and 1e6, got 0.0"),
     ],
 )
 def test_out_of_range_is_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_parameters_other_than_the_defaults_reach_the_formula():
+    inputs = batch()
+    student, teacher = (inputs[name].numpy() for name in ("student_logits", "teacher_logits"))
+    labels = inputs["labels"].numpy()
+    rows = [(softmax(q / 3), softmax(p / 3), label) for q, p, label in zip(student, teacher, labels, strict=True)]
+    target = [kl(np.array([p[k], 1 - p[k]]), np.array([q[k], 1 - q[k]])) for q, p, k in rows]
+    options = {"temperature": 3.0, "temperature_gradient_scale": "none"}
+    np.testing.assert_allclose(
+        DKD(target_weight=2.5, nontarget_weight=0.0, **options)(**inputs), 2.5 * np.array(target)
+    )
+    q, p = ((z - z.mean(-1, keepdims=True)) / z.std(-1, keepdims=True) for z in (student, teacher))
+    np.testing.assert_allclose(LSD(temperature=3.0)(**inputs), 9 * kl(softmax(p / 3, -1), softmax(q / 3, -1)))
+    power = softmax(teacher, -1) ** 0.4
+    expected = power.sum(-1) * kl(power / power.sum(-1, keepdims=True), softmax(student, -1))
+    np.testing.assert_allclose(WTTM(exponent=0.4)(**inputs), expected)
+    q, p = (softmax(z / 3, -1) for z in (student, teacher))
+    between = [9 * (1 - pearsonr(x, y)[0]) for x, y in zip(q, p, strict=True)]
+    np.testing.assert_allclose(DIST(1.0, 0.0, temperature=3.0)(**inputs), between, rtol=1e-9)
+    gram = ((q @ q.T - p @ p.T) ** 2).sum() / 5 + ((q.T @ q - p.T @ p) ** 2).sum() / 7
+    np.testing.assert_allclose(MLKD(temperatures=[3.0])(**inputs), 9 * kl(p, q) + gram, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", CALIBRATIONS)
+def test_a_teacher_of_more_digits_keeps_them(kind):
+    inputs = batch()
+    mixed = inputs | {"student_logits": inputs["student_logits"].float()}
+    assert CALIBRATIONS[kind]()(**mixed).dtype == torch.float64
+
+
+@pytest.mark.parametrize("scale", [30.0, 46.0, 60.0, 100.0, 300.0, 1000.0])
+def test_probabilities_whose_squares_underflow_make_no_nan(scale):
+    student, teacher = torch.randn(4, 6), torch.randn(4, 6)
+    student[:, 5] -= scale
+    teacher[:, 5] -= scale
+    for kind in (DIST(temperature=1.0), DIST(), MLKD(), LSD()):
+        for factor in (1.0, scale):
+            logits = (factor * student).requires_grad_()
+            value = kind(student_logits=logits, teacher_logits=factor * teacher)
+            assert value.isfinite().all()
+            assert torch.autograd.grad(value.sum(), logits)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [1e19, 1e-20, 1e-24])
+def test_lsd_sees_no_scale_however_large_or_small(factor):
+    inputs = {name: x.float() if x.is_floating_point() else x for name, x in batch().items()}
+    moved = inputs | {"student_logits": (factor * inputs["student_logits"]).requires_grad_()}
+    value = LSD(AB)(**moved)
+    torch.testing.assert_close(value, LSD(AB)(**inputs), rtol=1e-4, atol=1e-5)
+    assert torch.autograd.grad(value.sum(), moved["student_logits"])[0].isfinite().all()
+
+
+def test_mlkd_makes_no_matrix_of_the_classes():
+    logits = torch.randn(2, 2, 200_000)
+    assert MLKD()(student_logits=logits[0], teacher_logits=logits[1]).isfinite().all()  # 160 GB if it did
 
 
 def test_the_squared_scale_is_a_factor():

@@ -413,11 +413,17 @@ def test_a_calibration_takes_the_place_of_the_divergence_in_one_line(minimal_fil
             "objective.calibration.divergence: unknown key; known here are inter_weight, intra_weight, kind, "
             "temperature, temperature_gradient_scale",
         ),
+        (["objective.kd_weight=true"], "objective.kd_weight: true is refused: input should be a number"),
+        (["objective.divergence.alpha=true"], "objective.divergence.alpha: true is refused: input should be a number"),
+        (
+            ["objective.temperature=1e200"],
+            "objective: temperature must be above 0, between 1e-6 and 1e6, got 1e+200",
+        ),
         (["objective.kd_warmup=2"], "objective.kd_warmup: 2 is refused: input should be less than or equal to 1"),
         (
             ["objective.kd_warmup=0.1"],
-            "objective: kd_warmup=0.1 raises kd_weight against ce_weight, which is 0; set ce_weight above 0, or warm "
-            "the learning rate up instead",
+            "objective: kd_warmup=0.1 raises kd_weight against ce_weight, and ce_weight is 0; set ce_weight above 0, "
+            "or warm the learning rate up instead",
         ),
     ],
 )

@@ -80,11 +80,14 @@ def test_half_logits_are_softmaxed_in_fp32():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"kd_weight": -1.0}, "kd_weight must be finite and >= 0, got -1.0"),
-        ({"ce_weight": float("nan")}, "ce_weight must be finite and >= 0, got nan"),
+        ({"kd_weight": -1.0}, "kd_weight must lie between 0 and 1e30, got -1.0"),
+        ({"ce_weight": float("nan")}, "ce_weight must be a finite number, got nan"),
         ({"kd_weight": 0.0}, "kd_weight and ce_weight are both 0"),
+        ({"kd_weight": True}, "kd_weight must be a finite number, got True"),
+        ({"kd_weight": 0.0, "ce_weight": 1.0, "kd_warmup": 0.5}, "and kd_weight is 0; set kd_weight above 0"),
+        ({"calibration": "forward_kl"}, "divergence must be one of abkd.divergences"),
         ({"kd_warmup": 1.5, "ce_weight": 1.0}, "kd_warmup is a share of the training, between 0 and 1, got 1.5"),
-        ({"kd_warmup": 0.1}, "raises kd_weight against ce_weight, which is 0"),
+        ({"kd_warmup": 0.1}, "raises kd_weight against ce_weight, and ce_weight is 0"),
     ],
 )
 def test_refusals(options, message):

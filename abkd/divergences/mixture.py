@@ -105,7 +105,9 @@ def alpha_mixture(
         mixed = torch.where(teacher_zero & ~student_zero, student + math.log1p(-mix) / k, mixed)
         neither = ~(student_zero & teacher_zero)
     mixed = mixed.masked_fill(~neither, -math.inf)
-    log_p, log_q, log_r = (row.logsumexp(-1, keepdim=True) for row in (teacher, student, mixed))
+    nothing = mixed.isneginf().all(-1, keepdim=True)  # disjoint rows with order >= 1: r has no mass to normalise
+    log_p, log_q = (row.logsumexp(-1, keepdim=True) for row in (teacher, student))
+    log_r = torch.where(nothing, 0.0, mixed.masked_fill(nothing, 0.0).logsumexp(-1, keepdim=True))
     mixed = mixed - (log_r - (log_q + mix * (log_p - log_q)))  # ln 1 of p and q, rounded as r's is: exact at p = q
     return alpha_beta(student=mixed, teacher=teacher, alpha=alpha, beta=beta)
 

@@ -337,6 +337,15 @@ def test_skewed_kls_are_dual_and_bounded(mix, seed):
     assert d.jsd(student=student, teacher=teacher, mix=mix).item() <= math.log(2) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("order", [-1.0, 0.0, 1.0, 3.0])
+def test_alpha_mixture_of_disjoint_rows_is_not_nan(order):
+    student = torch.tensor([[0.3, 1.0, -math.inf, -math.inf]]).log_softmax(-1).requires_grad_()
+    teacher = torch.tensor([[-math.inf, -math.inf, 0.2, 2.0]]).log_softmax(-1).requires_grad_()
+    value = d.alpha_mixture(student=student, teacher=teacher, order=order)
+    assert not value.isnan().any()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value.sum(), (student, teacher)))
+
+
 def test_named_points():
     student, teacher = rows(3, 5), rows(3, 5)
     p, q = teacher.exp(), student.exp()
