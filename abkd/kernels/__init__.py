@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from abkd import ranges
 from abkd.divergences import Divergence
@@ -90,6 +91,7 @@ def linear_loss(
     ce_weights: Tensor | None = None,
     path: Path = "auto",
     rows: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> LinearLoss:
     """`linear_divergence` with a cross-entropy from the same logits: total = sum w * D + sum ce_weights * CE.
 
@@ -97,8 +99,12 @@ def linear_loss(
         labels: `[N]`, int64, for the cross-entropy, which is at temperature 1.
         ce_weights: `[N]`, constants; with labels or not at all.
         rows: of logits held at once by the chunked path; chosen from shape and machine where None.
+        group: of ranks that hold the vocabulary in pieces, in the order of its ranks: each gives its rows of the
+            heads' weights and biases (student's and teacher's split alike), all the same hidden states and labels.
+            Every rank gets the whole values and hidden gradient, and its piece of the weight's. For the
+            alpha-beta family.
     """
-    _check(student_hidden, student_head, targets, token_weights, labels, ce_weights, path, rows)
+    _check(student_hidden, student_head, targets, token_weights, labels, ce_weights, path, rows, group)
     ranges.temperatures(temperature, teacher_temperature, "none")
     arguments = (
         student_hidden,
@@ -111,11 +117,11 @@ def linear_loss(
         labels,
         None if ce_weights is None else ce_weights.detach(),
     )
-    if path == "reference":
+    if path == "reference" and group is None:
         return reference_loss(*arguments)
     if path == "auto":
         _say_once(_choice(student_hidden))
-    return chunked_loss(*arguments, rows=rows)
+    return chunked_loss(*arguments, rows=rows, group=group)
 
 
 def _choice(hidden: Tensor) -> str:
@@ -134,7 +140,7 @@ def _say_once(line: str) -> None:
         _log.info(line)
 
 
-def _check(hidden, head: LMHead, targets: Targets, token_weights, labels, ce_weights, path, rows) -> None:
+def _check(hidden, head: LMHead, targets: Targets, token_weights, labels, ce_weights, path, rows, group) -> None:
     if path not in get_args(Path):
         raise InputError(f"path must be one of {', '.join(get_args(Path))}, got {path!r}")
     if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
@@ -151,7 +157,14 @@ def _check(hidden, head: LMHead, targets: Targets, token_weights, labels, ce_wei
             raise InputError(f"{name} must be [N] = [{len(hidden)}], got {tuple(value.shape)}")
     if (labels is None) != (ce_weights is None):
         raise InputError("labels and ce_weights go together; give both or neither")
-    if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < head.vocab:
+    if path == "reference" and group is not None:
+        raise InputError("group: the reference holds the whole vocabulary; use path=chunked")
+    if (
+        labels is not None
+        and group is None
+        and len(labels)
+        and not 0 <= int(labels.min()) <= int(labels.max()) < head.vocab
+    ):
         raise InputError(f"labels must lie between 0 and {head.vocab - 1}")
     if rows is not None and rows < 1:
         raise InputError(f"rows must be at least 1, got {rows!r}")

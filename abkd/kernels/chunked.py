@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from abkd.divergences import AlphaBeta, Divergence, ForwardKL, ReverseKL
+from abkd.errors import InputError
 from abkd.head import LMHead
 from abkd.kernels import native
 from abkd.kernels.reference import LinearLoss, entropy
@@ -40,6 +42,16 @@ class Chunk:
     temperature: float
     teacher_temperature: float
     teacher_needs_grad: bool
+    group: dist.ProcessGroup | None = None
+    """Each of its ranks has some of the columns."""
+    first_class: int = 0
+    """The class of the first column."""
+
+    def reduce(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+        """`tensor`, in place, over all columns."""
+        if self.group is not None:
+            dist.all_reduce(tensor, operation, group=self.group)
+        return tensor
 
 
 def chunked_loss(
@@ -53,8 +65,12 @@ def chunked_loss(
     labels: Tensor | None,
     ce_weights: Tensor | None,
     rows: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> LinearLoss:
     """Arguments as `abkd.kernels.linear_loss`; `rows` per chunk, chosen from shape and machine where None."""
+    rows, first_class = rows or chunk_rows(len(hidden), head, divergence), 0
+    if group is not None:
+        rows, first_class = _agree(rows, head, group)
     teacher_tensors = (
         (targets.values, None, None)
         if isinstance(targets, DenseTargets)
@@ -69,7 +85,9 @@ def chunked_loss(
         token_weights=token_weights,
         labels=labels,
         ce_weights=ce_weights,
-        rows=rows or chunk_rows(len(hidden), head, divergence),
+        rows=rows,
+        group=group,
+        first_class=first_class,
     )
     return LinearLoss(*_Chunked.apply(plan, hidden, head.weight, head.bias, *teacher_tensors))
 
@@ -83,6 +101,15 @@ def chunk_rows(num_rows: int, head: LMHead, divergence: Divergence) -> int:
         budget = 100 * 2**20  # larger chunks do not make a CPU's matrix products faster
     rows = budget // (4 * buffers * head.vocab)
     return max(8, min(rows // 8 * 8, num_rows))
+
+
+def _agree(rows: int, head: LMHead, group: dist.ProcessGroup) -> tuple[int, int]:
+    """The fewest rows that a rank of the group asks for, and the first class of this rank's columns."""
+    own = torch.tensor([rows, head.vocab], device=head.weight.device)
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, own, group=group)
+    before = everyone[: dist.get_rank(group)]
+    return min(int(theirs[0]) for theirs in everyone), sum(int(theirs[1]) for theirs in before)
 
 
 def exponents(divergence: Divergence) -> tuple[float, float] | None:
@@ -108,6 +135,8 @@ class _Plan:
     labels: Tensor | None
     ce_weights: Tensor | None
     rows: int
+    group: dist.ProcessGroup | None
+    first_class: int
 
 
 class _Chunked(torch.autograd.Function):
@@ -160,9 +189,14 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
                 plan.temperature,
                 plan.teacher_temperature,
                 any(needed[3:]),
+                plan.group,
+                plan.first_class,
             )
 
-        done = step(chunk()) or autograd_step(chunk())
+        done = step(chunk())
+        if done is None and plan.group is not None:
+            raise InputError("group: a logit is -inf or a power overflows, which a split vocabulary cannot take")
+        done = done or autograd_step(chunk())
         divergence[start:stop], entropies[start:stop] = done.divergence, done.entropy
         cross_entropy[start:stop] = done.cross_entropy
         student_side.accumulate(start, stop, done.student_grad)
@@ -171,6 +205,8 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
     total = (plan.token_weights.to(dtype) * divergence).sum()
     if plan.ce_weights is not None:
         total = total + (plan.ce_weights.to(dtype) * cross_entropy).sum()
+    if plan.group is not None and student_side.hidden_grad is not None:
+        dist.all_reduce(student_side.hidden_grad, group=plan.group)
     gradients = [*student_side.gradients(), *teacher_side.gradients()]
     return (total, divergence, entropies, cross_entropy), gradients
 
@@ -178,9 +214,16 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
 def _choose_step(
     plan: _Plan, dtype: torch.dtype, device: torch.device, teacher_needs_grad: bool
 ) -> Callable[[Chunk], Step | None]:
-    if exponents(plan.divergence) is None or teacher_needs_grad:
-        return autograd_step
-    if plan.ce_weights is not None and plan.temperature != 1:
+    by_autograd = exponents(plan.divergence) is None or teacher_needs_grad
+    by_autograd = by_autograd or (plan.ce_weights is not None and plan.temperature != 1)
+    if plan.group is not None:
+        if by_autograd:
+            raise InputError(
+                "group: a split vocabulary takes the alpha-beta family off alpha + beta = 0, without a gradient of the "
+                f"teacher, and a cross-entropy only at temperature 1; got {plan.divergence!r}"
+            )
+        return torch_step
+    if by_autograd:
         return autograd_step
     if device.type == "cpu" and dtype == torch.float32 and not isinstance(native.library(), str):
         return native_step
@@ -206,7 +249,8 @@ def native_step(chunk: Chunk) -> Step | None:
 
 def torch_step(chunk: Chunk) -> Step | None:
     """The alpha-beta family in torch, in place, by blocks that stay in cache; None where a row needs the limits."""
-    if not bool(torch.minimum(chunk.student.amin(), chunk.teacher.amin()) > -torch.inf):
+    lowest = chunk.reduce(torch.minimum(chunk.student.amin(), chunk.teacher.amin()), dist.ReduceOp.MIN)
+    if not bool(lowest > -torch.inf):
         return None
     alpha, beta = exponents(chunk.divergence) or (1.0, 0.0)
     num_rows, vocab = chunk.student.shape
@@ -217,10 +261,12 @@ def torch_step(chunk: Chunk) -> Step | None:
         log_q, log_p = chunk.student[rows], chunk.teacher[rows]
         cross = None
         if chunk.ce_weights is not None and chunk.labels is not None:  # at temperature 1
-            cross = chunk.labels[rows].unsqueeze(-1), chunk.ce_weights[rows].unsqueeze(-1)
+            label = chunk.labels[rows].unsqueeze(-1) - chunk.first_class
+            is_here = (label >= 0) & (label < vocab)
+            cross = label.clamp(0, vocab - 1), is_here, chunk.ce_weights[rows].unsqueeze(-1)
         for logits, temperature in ((log_q, chunk.temperature), (log_p, chunk.teacher_temperature)):
-            logits.div_(temperature).sub_(logits.amax(-1, keepdim=True))
-            logits.sub_(logits.exp().sum(-1, keepdim=True).log_())
+            logits.div_(temperature).sub_(chunk.reduce(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX))
+            logits.sub_(chunk.reduce(logits.exp().sum(-1, keepdim=True)).log_())
         u = log_p - log_q
         mixed = (alpha * log_p).add_(log_q, alpha=beta)
         w = _power_difference(u, (alpha + beta) * log_q, mixed, alpha)  # q^beta (p^alpha - q^alpha) / alpha
@@ -229,14 +275,15 @@ def torch_step(chunk: Chunk) -> Step | None:
         q = log_q.exp()
         values[1, rows] = -torch.linalg.vecdot(q, log_q)
         scale = chunk.weights[rows].unsqueeze(-1) / chunk.temperature
-        on_q = w.sum(-1, keepdim=True) * scale
+        on_q = chunk.reduce(w.sum(-1, keepdim=True)) * scale
         if cross is not None:
-            label, ce_weight = cross
-            values[2, rows] = -log_q.gather(-1, label).squeeze(-1)
+            label, is_here, ce_weight = cross
+            values[2, rows] = -(log_q.gather(-1, label) * is_here).squeeze(-1)
             on_q = on_q + ce_weight
         torch.mul(q, on_q, out=log_q).sub_(w.mul_(scale))
         if cross is not None:
-            log_q.scatter_add_(-1, label, -ce_weight)
+            log_q.scatter_add_(-1, label, -ce_weight * is_here)
+    chunk.reduce(values)
     if not bool(values[0].isfinite().all()):
         return None
     return Step(values[0], values[1], values[2], chunk.student, None)

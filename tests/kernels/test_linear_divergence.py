@@ -349,7 +349,7 @@ def test_the_triple_and_its_meaning():
         ({"targets": DenseTargets(torch.randn(5, 9))}, "targets are of 5 tokens and 9 classes, the student of 6 and 9"),
         ({"targets": DenseTargets(torch.randn(6, 8))}, "targets are of 6 tokens and 8 classes, the student of 6 and 9"),
         ({"token_weights": torch.ones(6, 1)}, r"token_weights must be \[N\] = \[6\], got \(6, 1\)"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be above 0, between 1e-6 and 1e6, got 0.0"),
         ({"path": "fast"}, "path must be one of auto, reference, chunked, got 'fast'"),
         ({"labels": torch.zeros(6, dtype=torch.long)}, "labels and ce_weights go together"),
         ({"labels": torch.full((6,), 9), "ce_weights": torch.ones(6)}, "labels must lie between 0 and 8"),
