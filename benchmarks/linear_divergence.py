@@ -344,7 +344,8 @@ def plot():
         )
     axes[0][0].set_ylabel("extra peak memory, MiB")
     handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines()}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(shapes), fontsize=8, frameon=False)
+    where = {"loc": "outside lower center", "ncols": 2 * len(shapes), "fontsize": 8, "frameon": False}
+    figure.legend(handles.values(), handles.keys(), **where)
     figure.savefig(CSV.with_suffix(".png"), dpi=100)
 
 

@@ -371,7 +371,7 @@ class _Side:
         return [self.hidden_grad, weight_grad, bias_grad]
 
     def _tiles(self) -> list[slice]:
-        size = _TILE if self.hidden.device.type == "cpu" else self.head.vocab
+        size = _TILE if self.hidden.device.type == "cpu" else 8 * _TILE
         return [slice(first, first + size) for first in range(0, self.head.vocab, size)]
 
 
