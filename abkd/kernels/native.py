@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | str:
         except subprocess.CalledProcessError as error:
             message = error.stderr.strip() or "no message"
             reasons.append(f"{compiler} cannot compile {SOURCE.name}: {message.splitlines()[0]}")
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no folder to write to, or no home
             reasons.append(f"{SOURCE.name} cannot be built or loaded: {error}")
     else:
         return reasons[-1]
