@@ -64,21 +64,17 @@ class LMHead:
         Raises:
             InputError: names the model and what in it cannot be represented.
         """
-        return cls._of(unwrapped(model))
-
-    @classmethod
-    def _of(cls, model: Any) -> "LMHead":
-        name = type(model).__name__
-        layer = model.get_output_embeddings()
+        inner = unwrapped(model)
+        name, layer = type(inner).__name__, inner.get_output_embeddings()
         if not isinstance(layer, nn.Linear):
             raise InputError(f"the output head of {name} is a {type(layer).__name__}, not a linear layer; {_DENSE}")
-        config = model.config.get_text_config()
+        config = inner.config.get_text_config()
         scale = 1.0
         for attribute, power in _SCALES.items():
             scale *= float(getattr(config, attribute, None) or 1.0) ** power
         softcap = getattr(config, "final_logit_softcapping", None)
         head = cls(layer.weight, layer.bias, None if scale == 1.0 else scale, softcap)
-        head._check(model, name)
+        head._check(inner, name)
         return head
 
     @torch.no_grad()

@@ -26,13 +26,6 @@ def finite(name: str, value: float) -> float:
     return float(value)
 
 
-def positive(name: str, value: float) -> float:
-    """`value` as a float, where it is finite and above 0."""
-    if finite(name, value) <= 0:
-        raise InputError(f"{name} must be above 0, got {value!r}")
-    return float(value)
-
-
 def mixture(kind: str, mix: float) -> float:
     """`mix`, where it lies between 0 and 1, both excluded: the ends have names of their own."""
     if not 0 < finite("mix", mix) < 1:

@@ -12,7 +12,7 @@ from abkd.divergences import Divergence
 from abkd.errors import InputError
 from abkd.head import LMHead
 from abkd.kernels.chunked import chunked_loss
-from abkd.kernels.reference import LinearLoss, reference_loss
+from abkd.kernels.reference import LinearLoss, Problem, reference_loss
 from abkd.targets import Targets
 
 __all__ = ["LinearDivergence", "LinearLoss", "Path", "linear_divergence", "linear_loss"]
@@ -106,7 +106,7 @@ def linear_loss(
     """
     _check(student_hidden, student_head, targets, token_weights, labels, ce_weights, path, rows, group)
     ranges.temperatures(temperature, teacher_temperature, "none")
-    arguments = (
+    problem = Problem(
         student_hidden,
         student_head,
         targets,
@@ -118,10 +118,10 @@ def linear_loss(
         None if ce_weights is None else ce_weights.detach(),
     )
     if path == "reference" and group is None:
-        return reference_loss(*arguments)
+        return reference_loss(problem)
     if path == "auto":
         _say_once(_choice(student_hidden))
-    return chunked_loss(*arguments, rows=rows, group=group)
+    return chunked_loss(problem, rows, group)
 
 
 def _choice(hidden: Tensor) -> str:

@@ -12,8 +12,8 @@ from abkd.divergences import AlphaBeta, Divergence, ForwardKL, ReverseKL
 from abkd.errors import InputError
 from abkd.head import LMHead
 from abkd.kernels import native
-from abkd.kernels.reference import LinearLoss, entropy
-from abkd.targets import DenseTargets, HiddenTargets, Targets
+from abkd.kernels.reference import LinearLoss, Problem, entropy
+from abkd.targets import DenseTargets, HiddenTargets
 
 _TILE = 4096  # columns of the vocabulary per matrix product: their weights stay in a CPU's last cache between products
 _BLOCK = 2**18  # elements of a temporary of the torch step, on a CPU
@@ -54,21 +54,10 @@ class Chunk:
         return tensor
 
 
-def chunked_loss(
-    hidden: Tensor,
-    head: LMHead,
-    targets: Targets,
-    divergence: Divergence,
-    token_weights: Tensor,
-    temperature: float,
-    teacher_temperature: float,
-    labels: Tensor | None,
-    ce_weights: Tensor | None,
-    rows: int | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> LinearLoss:
-    """Arguments as `abkd.kernels.linear_loss`; `rows` per chunk, chosen from shape and machine where None."""
-    rows, first_class = rows or chunk_rows(len(hidden), head, divergence), 0
+def chunked_loss(problem: Problem, rows: int | None = None, group: dist.ProcessGroup | None = None) -> LinearLoss:
+    """`rows` per chunk, chosen from shape and machine where None; `group` as in `abkd.kernels.linear_loss`."""
+    head, targets = problem.head, problem.targets
+    rows, first_class = rows or chunk_rows(len(problem.hidden), head, problem.divergence), 0
     if group is not None:
         rows, first_class = _agree(rows, head, group)
     teacher_tensors = (
@@ -76,20 +65,8 @@ def chunked_loss(
         if isinstance(targets, DenseTargets)
         else (targets.hidden, targets.head.weight, targets.head.bias)
     )
-    plan = _Plan(
-        head=head,
-        targets=targets,
-        divergence=divergence,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        token_weights=token_weights,
-        labels=labels,
-        ce_weights=ce_weights,
-        rows=rows,
-        group=group,
-        first_class=first_class,
-    )
-    return LinearLoss(*_Chunked.apply(plan, hidden, head.weight, head.bias, *teacher_tensors))
+    plan = _Plan(problem, rows, group, first_class)
+    return LinearLoss(*_Chunked.apply(plan, problem.hidden, head.weight, head.bias, *teacher_tensors))
 
 
 def chunk_rows(num_rows: int, head: LMHead, divergence: Divergence) -> int:
@@ -126,14 +103,7 @@ def exponents(divergence: Divergence) -> tuple[float, float] | None:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    head: LMHead
-    targets: Targets
-    divergence: Divergence
-    temperature: float
-    teacher_temperature: float
-    token_weights: Tensor
-    labels: Tensor | None
-    ce_weights: Tensor | None
+    problem: Problem
     rows: int
     group: dist.ProcessGroup | None
     first_class: int
@@ -167,10 +137,10 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
     hidden, teacher = tensors[0], tensors[3]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     num_rows = len(hidden)
-    student_side = _Side(hidden, plan.head, needed[:3], plan.rows, dtype)
+    student_side = _Side(hidden, plan.problem.head, needed[:3], plan.rows, dtype)
     teacher_side = (
-        _Side(teacher, plan.targets.head, needed[3:], plan.rows, dtype)
-        if isinstance(plan.targets, HiddenTargets)
+        _Side(teacher, plan.problem.targets.head, needed[3:], plan.rows, dtype)
+        if isinstance(plan.problem.targets, HiddenTargets)
         else _Rows(teacher, needed[3], dtype)
     )
     divergence, entropies, cross_entropy = (torch.zeros(num_rows, dtype=dtype, device=hidden.device) for _ in range(3))
@@ -182,12 +152,12 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
             return Chunk(
                 student_side.logits(start, stop),
                 teacher_side.logits(start, stop),
-                plan.token_weights[start:stop].to(dtype),
-                None if plan.ce_weights is None else plan.ce_weights[start:stop].to(dtype),
-                None if plan.labels is None else plan.labels[start:stop],
-                plan.divergence,
-                plan.temperature,
-                plan.teacher_temperature,
+                plan.problem.token_weights[start:stop].to(dtype),
+                None if plan.problem.ce_weights is None else plan.problem.ce_weights[start:stop].to(dtype),
+                None if plan.problem.labels is None else plan.problem.labels[start:stop],
+                plan.problem.divergence,
+                plan.problem.temperature,
+                plan.problem.teacher_temperature,
                 any(needed[3:]),
                 plan.group,
                 plan.first_class,
@@ -202,9 +172,9 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
         student_side.accumulate(start, stop, done.student_grad)
         if done.teacher_grad is not None:
             teacher_side.accumulate(start, stop, done.teacher_grad)
-    total = (plan.token_weights.to(dtype) * divergence).sum()
-    if plan.ce_weights is not None:
-        total = total + (plan.ce_weights.to(dtype) * cross_entropy).sum()
+    total = (plan.problem.token_weights.to(dtype) * divergence).sum()
+    if plan.problem.ce_weights is not None:
+        total = total + (plan.problem.ce_weights.to(dtype) * cross_entropy).sum()
     if plan.group is not None and student_side.hidden_grad is not None:
         dist.all_reduce(student_side.hidden_grad, group=plan.group)
     gradients = [*student_side.gradients(), *teacher_side.gradients()]
@@ -214,13 +184,13 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
 def _choose_step(
     plan: _Plan, dtype: torch.dtype, device: torch.device, teacher_needs_grad: bool
 ) -> Callable[[Chunk], Step | None]:
-    by_autograd = exponents(plan.divergence) is None or teacher_needs_grad
-    by_autograd = by_autograd or (plan.ce_weights is not None and plan.temperature != 1)
+    by_autograd = exponents(plan.problem.divergence) is None or teacher_needs_grad
+    by_autograd = by_autograd or (plan.problem.ce_weights is not None and plan.problem.temperature != 1)
     if plan.group is not None:
         if by_autograd:
             raise InputError(
                 "group: a split vocabulary takes the alpha-beta family off alpha + beta = 0, without a gradient of the "
-                f"teacher, and a cross-entropy only at temperature 1; got {plan.divergence!r}"
+                f"teacher, and a cross-entropy only at temperature 1; got {plan.problem.divergence!r}"
             )
         return torch_step
     if by_autograd:

@@ -1,5 +1,6 @@
 """The meaning of `linear_divergence`, in plain torch: every logit at once, every gradient by autograd."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,27 +22,32 @@ class LinearLoss(NamedTuple):
     """CE of the labels at temperature 1, `[N]`, detached, nats; zeros without labels."""
 
 
-def reference_loss(
-    hidden: Tensor,
-    head: LMHead,
-    targets: Targets,
-    divergence: Divergence,
-    token_weights: Tensor,
-    temperature: float,
-    teacher_temperature: float,
-    labels: Tensor | None,
-    ce_weights: Tensor | None,
-) -> LinearLoss:
-    """Arguments as `abkd.kernels.linear_loss`."""
-    logits = head.logits(hidden)
-    student = torch.log_softmax(logits / temperature, dim=-1)
-    teacher = torch.log_softmax(targets.logits(0, len(hidden)) / teacher_temperature, dim=-1)
-    values = divergence(student=student, teacher=teacher)
-    total = (token_weights * values).sum()
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The checked arguments of `abkd.kernels.linear_loss`, as every path takes them."""
+
+    hidden: Tensor
+    head: LMHead
+    targets: Targets
+    divergence: Divergence
+    token_weights: Tensor
+    temperature: float
+    teacher_temperature: float
+    labels: Tensor | None
+    ce_weights: Tensor | None
+
+
+def reference_loss(problem: Problem) -> LinearLoss:
+    """All logits, then autograd."""
+    logits = problem.head.logits(problem.hidden)
+    student = torch.log_softmax(logits / problem.temperature, dim=-1)
+    teacher = torch.log_softmax(problem.targets.logits(0, len(logits)) / problem.teacher_temperature, dim=-1)
+    values = problem.divergence(student=student, teacher=teacher)
+    total = (problem.token_weights * values).sum()
     cross_entropy = torch.zeros_like(values)
-    if labels is not None and ce_weights is not None:
-        cross_entropy = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        total = total + (ce_weights * cross_entropy).sum()
+    if problem.labels is not None and problem.ce_weights is not None:
+        cross_entropy = torch.nn.functional.cross_entropy(logits, problem.labels, reduction="none")
+        total = total + (problem.ce_weights * cross_entropy).sum()
     return LinearLoss(total, values.detach(), entropy(student.detach()), cross_entropy.detach())
 
 
