@@ -41,6 +41,11 @@ class LMHead:
     def vocab(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The weight, and the bias where there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., vocab]` of hidden states `[..., hidden]`, in fp32 at least, differentiable."""
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, self.weight.dtype), torch.float32)

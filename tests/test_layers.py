@@ -20,6 +20,7 @@ ONLY_IN = {
     "pydantic": {"config.py"},
     "rich": {"analysis/table.py"},
     "rouge_score": {"evaluation/rouge.py"},
+    "triton": {"kernels/triton.py"},
 }
 TORCH_FREE = [
     "errors.py",

@@ -11,13 +11,14 @@ from abkd import ranges
 from abkd.divergences import Divergence
 from abkd.errors import InputError
 from abkd.head import LMHead
-from abkd.kernels.chunked import chunked_loss
+from abkd.kernels import native
+from abkd.kernels.chunked import chunked_loss, why_not_triton
 from abkd.kernels.reference import LinearLoss, Problem, reference_loss
 from abkd.targets import Targets
 
 __all__ = ["LinearDivergence", "LinearLoss", "Path", "linear_divergence", "linear_loss"]
 
-Path = Literal["auto", "reference", "chunked"]
+Path = Literal["auto", "reference", "chunked", "triton"]
 _log = logging.getLogger("abkd")
 _said: set[str] = set()
 
@@ -55,7 +56,8 @@ def linear_divergence(
         token_weights: `[N]`, constants: mask, weight and normalisation are the caller's.
         temperature, teacher_temperature: > 0, divide the logits; the teacher's is the student's where None.
         path: "reference" holds all logits and takes autograd; "chunked" takes the gradient in the forward, chunk
-            by chunk, on any device; "auto" is chunked, and says once what does its elementwise work.
+            by chunk, on any device; "triton" likewise, with the elementwise work in Triton on a GPU, for the alpha-beta
+            family, JSD and the skewed KLs; "auto" is triton where that can be, else chunked, and says once which.
 
     Returns:
         fp32 at least, whatever the inputs: logits, softmax and sums are fp32 for half inputs. Without a token, zeros
@@ -119,16 +121,19 @@ def linear_loss(
     )
     if path == "reference" and group is None:
         return reference_loss(problem)
+    reason = "" if path == "chunked" else why_not_triton(problem, group)
+    if path == "triton" and reason:
+        raise InputError(f"path=triton: {reason}; use path=auto")
     if path == "auto":
-        _say_once(_choice(student_hidden))
-    return chunked_loss(problem, rows, group)
+        _say_once(_choice(student_hidden.device.type, reason))
+        path = "chunked" if reason or student_hidden.device.type == "cpu" else "triton"  # no interpreter unasked
+    return chunked_loss(problem, rows, group, in_triton=path == "triton")
 
 
-def _choice(hidden: Tensor) -> str:
-    from abkd.kernels import native
-
-    if hidden.device.type != "cpu":
-        return f"linear_divergence: chunked, in torch on {hidden.device.type}"
+def _choice(device: str, why_not_triton: str) -> str:
+    if device != "cpu":
+        not_triton = f"chunked, in torch on {device}, not in triton: {why_not_triton}"
+        return f"linear_divergence: {not_triton if why_not_triton else 'triton'}"
     if isinstance(reason := native.library(), str):
         return f"linear_divergence: chunked, in torch: {reason}"
     return "linear_divergence: chunked, alpha-beta in compiled C, other divergences in torch"

@@ -1,5 +1,7 @@
 """Value and gradient chunk by chunk in the forward: no logits outlive their chunk; docs/kernels.md derives it."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,6 +48,8 @@ class Chunk:
     """Each of its ranks has some of the columns."""
     first_class: int = 0
     """The class of the first column."""
+    gradient_dtype: torch.dtype = torch.float32
+    """What the products of the gradient take; a step may give a wider one."""
 
     def reduce(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
         """`tensor`, in place, over all columns."""
@@ -54,10 +58,18 @@ class Chunk:
         return tensor
 
 
-def chunked_loss(problem: Problem, rows: int | None = None, group: dist.ProcessGroup | None = None) -> LinearLoss:
-    """`rows` per chunk, chosen from shape and machine where None; `group` as in `abkd.kernels.linear_loss`."""
+def chunked_loss(
+    problem: Problem, rows: int | None = None, group: dist.ProcessGroup | None = None, in_triton: bool = False
+) -> LinearLoss:
+    """`rows` per chunk, chosen from shape and machine where None; `group` as in `abkd.kernels.linear_loss`.
+
+    `in_triton`: the elementwise work, where `why_not_triton` has nothing against it.
+    """
     head, targets = problem.head, problem.targets
-    rows, first_class = rows or chunk_rows(len(problem.hidden), head, problem.divergence), 0
+    rows, first_class = (
+        rows or chunk_rows(len(problem.hidden), head, problem.divergence, head.weight.device, in_triton),
+        0,
+    )
     if group is not None:
         rows, first_class = _agree(rows, head, group)
     teacher_tensors = (
@@ -65,19 +77,25 @@ def chunked_loss(problem: Problem, rows: int | None = None, group: dist.ProcessG
         if isinstance(targets, DenseTargets)
         else (targets.hidden, targets.head.weight, targets.head.bias)
     )
-    plan = _Plan(problem, rows, group, first_class)
+    plan = _Plan(problem, rows, group, first_class, in_triton, _autocast_dtype(problem.hidden.device.type))
     return LinearLoss(*_Chunked.apply(plan, problem.hidden, head.weight, head.bias, *teacher_tensors))
 
 
-def chunk_rows(num_rows: int, head: LMHead, divergence: Divergence) -> int:
+def chunk_rows(
+    num_rows: int, head: LMHead, divergence: Divergence, device: torch.device, in_triton: bool = False
+) -> int:
     """Rows of logits per chunk: as many as fit into a share of the memory that is free, in steps of 8."""
-    buffers = 2 + (head.softcap is not None) + (0 if exponents(divergence) else 6)
-    if head.weight.device.type == "cuda":
-        budget = min(torch.cuda.mem_get_info(head.weight.device)[0] // 8, 2**31)
-    else:
-        budget = 100 * 2**20  # larger chunks do not make a CPU's matrix products faster
-    rows = budget // (4 * buffers * head.vocab)
+    budget = 100 * 2**20  # larger chunks do not make a CPU's matrix products faster
+    if device.type == "cuda":
+        budget = min(torch.cuda.mem_get_info(device)[0] // 8, 2**31)
+    rows = budget // (4 * _buffers(head, divergence, device, in_triton) * head.vocab)
     return max(8, min(rows // 8 * 8, num_rows))
+
+
+def _buffers(head: LMHead, divergence: Divergence, device: torch.device, in_triton: bool) -> int:
+    """fp32 numbers per logit of a chunk: both models' logits, and what the step makes of them."""
+    in_place = exponents(divergence) is not None and device.type == "cpu"
+    return 2 + (head.softcap is not None) + (1 if in_triton else 0 if in_place else 6)
 
 
 def _agree(rows: int, head: LMHead, group: dist.ProcessGroup) -> tuple[int, int]:
@@ -107,6 +125,12 @@ class _Plan:
     rows: int
     group: dist.ProcessGroup | None
     first_class: int
+    in_triton: bool
+    autocast: torch.dtype | None
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class _Chunked(torch.autograd.Function):
@@ -137,9 +161,9 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
     hidden, teacher = tensors[0], tensors[3]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     num_rows = len(hidden)
-    student_side = _Side(hidden, plan.problem.head, needed[:3], plan.rows, dtype)
+    student_side = _Side(hidden, plan.problem.head, needed[:3], plan.rows, dtype, plan.autocast)
     teacher_side = (
-        _Side(teacher, plan.problem.targets.head, needed[3:], plan.rows, dtype)
+        _Side(teacher, plan.problem.targets.head, needed[3:], plan.rows, dtype, plan.autocast)
         if isinstance(plan.problem.targets, HiddenTargets)
         else _Rows(teacher, needed[3], dtype)
     )
@@ -161,6 +185,7 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
                 any(needed[3:]),
                 plan.group,
                 plan.first_class,
+                student_side.gradient_dtype,
             )
 
         done = step(chunk())
@@ -193,11 +218,56 @@ def _choose_step(
                 f"teacher, and a cross-entropy only at temperature 1; got {plan.problem.divergence!r}"
             )
         return torch_step
+    if plan.in_triton:
+        return triton_step
     if by_autograd:
         return autograd_step
     if device.type == "cpu" and dtype == torch.float32 and not isinstance(native.library(), str):
         return native_step
     return torch_step
+
+
+def why_not_triton(problem: Problem, group: dist.ProcessGroup | None) -> str:
+    """Why the elementwise work cannot be done in Triton, in a few words; empty where it can."""
+    targets, device = problem.targets, problem.hidden.device.type
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a GPU, and the tensors are on {device}"
+    from abkd.kernels.triton import local_divergence
+
+    try:
+        local_divergence(problem.divergence)
+    except ValueError as kind:
+        return f"it has no {kind}"
+    if torch.promote_types(problem.hidden.dtype, torch.float32) == torch.float64:
+        return "it computes in fp32, and the hidden states are fp64"
+    if group is not None:
+        return "it takes no split vocabulary"
+    teacher = [targets.values] if isinstance(targets, DenseTargets) else [targets.hidden, *targets.head.tensors]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in teacher):
+        return "it gives no gradient of the teacher"
+    return ""
+
+
+def triton_step(chunk: Chunk) -> Step | None:
+    """The alpha-beta family and the mixtures on a GPU; None where a row needs the limits."""
+    from abkd.kernels.triton import divergence_rows
+
+    same = chunk.gradient_dtype == chunk.student.dtype
+    gradient = chunk.student if same else torch.empty_like(chunk.student, dtype=chunk.gradient_dtype)
+    values = divergence_rows(
+        chunk.student,
+        chunk.teacher,
+        chunk.weights.contiguous(),
+        None if chunk.ce_weights is None else chunk.ce_weights.contiguous(),
+        None if chunk.ce_weights is None or chunk.labels is None else chunk.labels.contiguous(),
+        chunk.divergence,
+        temperature=chunk.temperature,
+        teacher_temperature=chunk.teacher_temperature,
+        gradient=gradient,
+    )
+    return Step(values[0], values[1], values[2], gradient, None) if bool(values.isfinite().all()) else None
 
 
 def native_step(chunk: Chunk) -> Step | None:
@@ -286,26 +356,41 @@ def autograd_step(chunk: Chunk) -> Step:
 class _Side:
     """Hidden states and a head: logits of a range of rows, and the gradients of both gathered range by range."""
 
-    def __init__(self, hidden: Tensor, head: LMHead, needed: Sequence[bool], rows: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        needed: Sequence[bool],
+        rows: int,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None = None,
+    ):
         hidden_needed, weight_needed, bias_needed = needed
         self.hidden, self.head, self.dtype = hidden, head, dtype
+        self._factors = _factor_dtype(hidden, head.weight, dtype, autocast)
         self._buffer = torch.empty(min(rows, len(hidden)), head.vocab, dtype=dtype, device=hidden.device)
         self._bent: Tensor | None = None  # d logits / d (hidden @ weight.T) where there is a soft-cap
         self.hidden_grad = torch.empty_like(hidden) if hidden_needed else None
         self.weight_grad = torch.zeros_like(head.weight, dtype=dtype) if weight_needed else None
         self.bias_grad = head.weight.new_zeros(head.vocab, dtype=dtype) if bias_needed else None
 
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """In which `accumulate` takes a gradient at no cost."""
+        between = self.head.softcap is not None or self.head.logit_scale is not None or self.bias_grad is not None
+        return self.dtype if between else self._factors
+
     def logits(self, start: int, stop: int) -> Tensor:
         """`[stop - start, vocab]`, in `dtype`; the next call writes over it."""
         weight, bias = self.head.weight, self.head.bias
-        rows = self.hidden[start:stop].to(self.dtype)
+        rows = self.hidden[start:stop].to(self._factors)
         logits = self._buffer[: len(rows)]
         for columns in self._tiles():
-            tile = weight[columns].to(self.dtype)
-            if len(rows) < 256 and rows.device.type == "cpu":
+            tile = weight[columns].to(self._factors)
+            if len(rows) < 256 and rows.device.type == "cpu" and rows.dtype == logits.dtype:
                 logits[:, columns] = (tile @ rows.T).T  # a thin product is faster this way round
             else:
-                torch.mm(rows, tile.T, out=logits[:, columns])
+                _add_product(logits[:, columns], rows, tile.T, keep=0)
         if bias is not None:
             logits += bias
         if self.head.logit_scale is not None:
@@ -324,13 +409,13 @@ class _Side:
             grad = grad.mul_(self.head.logit_scale)
         if self.bias_grad is not None:
             self.bias_grad += grad.sum(0)
-        rows = self.hidden[start:stop].to(self.dtype)
-        hidden_grad = torch.zeros_like(rows)
+        grad, rows = grad.to(self._factors), self.hidden[start:stop].to(self._factors)
+        hidden_grad = torch.zeros_like(rows, dtype=self.dtype)
         for columns in self._tiles():
             if self.hidden_grad is not None:
-                hidden_grad.addmm_(grad[:, columns], self.head.weight[columns].to(self.dtype))
+                _add_product(hidden_grad, grad[:, columns], self.head.weight[columns].to(self._factors))
             if self.weight_grad is not None:
-                self.weight_grad[columns].addmm_(grad[:, columns].T, rows)
+                _add_product(self.weight_grad[columns], grad[:, columns].T, rows)
         if self.hidden_grad is not None:
             self.hidden_grad[start:stop] = hidden_grad
 
@@ -341,8 +426,27 @@ class _Side:
         return [self.hidden_grad, weight_grad, bias_grad]
 
     def _tiles(self) -> list[slice]:
+        if self.head.weight.dtype == self._factors and self.hidden.device.type != "cpu":
+            return [slice(0, self.head.vocab)]  # nothing is converted
         size = _TILE if self.hidden.device.type == "cpu" else 8 * _TILE
         return [slice(first, first + size) for first in range(0, self.head.vocab, size)]
+
+
+def _factor_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """Of both factors of a product, whose sums are `dtype`: bf16 on a GPU where the caller's own product would be bf16.
+
+    fp16 is widened: a gradient of 1e-8 has no place in it.
+    """
+    own = autocast or torch.promote_types(hidden.dtype, weight.dtype)
+    return torch.bfloat16 if own == torch.bfloat16 and hidden.device.type == "cuda" else dtype
+
+
+def _add_product(out: Tensor, first: Tensor, second: Tensor, keep: float = 1) -> None:
+    """out = keep * out + first @ second, in place, summed in out's dtype whatever that of the factors."""
+    if first.dtype == out.dtype:
+        torch.addmm(out, first, second, beta=keep, out=out)
+    else:
+        torch.addmm(out, first, second, out_dtype=out.dtype, beta=keep, out=out)
 
 
 class _Rows:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from abkd import InputError
+from abkd import InputError, kernels
 from abkd.divergences import JSD, KINDS, AlphaBeta, Divergence, ForwardKL, ReverseKL
 from abkd.head import LMHead
 from abkd.kernels import chunked, linear_divergence, linear_loss, native
@@ -34,6 +34,7 @@ class Problem:
     teacher_temperature: float | None = None
     dense: bool = False
     ce: bool = False
+    device: str = "cpu"
 
     def inputs(self):
         torch.manual_seed(1)
@@ -50,7 +51,7 @@ class Problem:
 
     def run(self, dtype=None, path="chunked", rows=8, frozen=()):
         """Everything that comes out: values, then gradients."""
-        tensors = {name: x.to(dtype or self.dtype, copy=True) for name, x in self.inputs().items()}
+        tensors = {name: x.to(self.device, dtype or self.dtype, copy=True) for name, x in self.inputs().items()}
         student = [name for name in ("hidden", "weight", "bias") if name not in frozen]
         for name in student:
             tensors[name].requires_grad_()
@@ -58,8 +59,9 @@ class Problem:
         targets = HiddenTargets(tensors["teacher_hidden"], LMHead(tensors["teacher_weight"]))
         if self.dense:
             targets = DenseTargets(targets.logits(0, self.tokens))
-        weights = torch.linspace(0.1, 2, self.tokens) / max(self.tokens, 1)
-        labels = {"labels": torch.arange(self.tokens) % self.vocab, "ce_weights": weights / 3} if self.ce else {}
+        weights = torch.linspace(0.1, 2, self.tokens, device=self.device) / max(self.tokens, 1)
+        classes = torch.arange(self.tokens, device=self.device) % self.vocab
+        labels = {"labels": classes, "ce_weights": weights / 3} if self.ce else {}
         loss = linear_loss(
             tensors["hidden"],
             head,
@@ -69,7 +71,7 @@ class Problem:
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
             path=path,
-            **({"rows": rows} if path == "chunked" else {}),
+            rows=None if path == "reference" else rows,
             **labels,
         )
         loss.total.backward()
@@ -350,7 +352,7 @@ def test_the_triple_and_its_meaning():
         ({"targets": DenseTargets(torch.randn(6, 8))}, "targets are of 6 tokens and 8 classes, the student of 6 and 9"),
         ({"token_weights": torch.ones(6, 1)}, r"token_weights must be \[N\] = \[6\], got \(6, 1\)"),
         ({"temperature": 0.0}, "temperature must be above 0, between 1e-6 and 1e6, got 0.0"),
-        ({"path": "fast"}, "path must be one of auto, reference, chunked, got 'fast'"),
+        ({"path": "fast"}, "path must be one of auto, reference, chunked, triton, got 'fast'"),
         ({"labels": torch.zeros(6, dtype=torch.long)}, "labels and ce_weights go together"),
         ({"labels": torch.full((6,), 9), "ce_weights": torch.ones(6)}, "labels must lie between 0 and 8"),
         ({"rows": 0}, "rows must be at least 1, got 0"),
@@ -370,7 +372,6 @@ def test_a_machine_without_a_compiler_says_so_and_works(monkeypatch, tmp_path, c
     native.library.cache_clear()
     try:
         assert "no-such-compiler" in native.library()
-        from abkd import kernels
 
         kernels._said.clear()
         with caplog.at_level("INFO", logger="abkd"):
@@ -382,8 +383,9 @@ def test_a_machine_without_a_compiler_says_so_and_works(monkeypatch, tmp_path, c
 
 
 def test_memory_grows_with_the_chunk_and_not_with_the_tokens():
+    cpu = torch.device("cpu")
     head = LMHead(torch.empty(50_304, 8, device="meta"))
-    assert chunked.chunk_rows(10**6, head, AlphaBeta()) == 256
-    assert chunked.chunk_rows(100, head, AlphaBeta()) == 100
-    assert chunked.chunk_rows(10**6, head, JSD()) < 100
-    assert chunked.chunk_rows(10**6, LMHead(torch.empty(10**7, 1, device="meta")), AlphaBeta()) == 8
+    assert chunked.chunk_rows(10**6, head, AlphaBeta(), cpu) == 256
+    assert chunked.chunk_rows(100, head, AlphaBeta(), cpu) == 100
+    assert chunked.chunk_rows(10**6, head, JSD(), cpu) < 100
+    assert chunked.chunk_rows(10**6, LMHead(torch.empty(10**7, 1, device="meta")), AlphaBeta(), cpu) == 8
