@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from abkd.errors import InputError
@@ -69,35 +70,81 @@ class LMHead:
         Raises:
             InputError: names the model and what in it cannot be represented.
         """
-        inner = unwrapped(model)
-        name, layer = type(inner).__name__, inner.get_output_embeddings()
-        if not isinstance(layer, nn.Linear):
-            raise InputError(f"the output head of {name} is a {type(layer).__name__}, not a linear layer; {_DENSE}")
-        config = inner.config.get_text_config()
+        check_head(model)
+        return cls.read(model)
+
+    @classmethod
+    def read(cls, model: nn.Module) -> "LMHead":
+        """As `of`, without the check: for the weight and the bias that the model has now.
+
+        Under FSDP2 for use after a forward of the whole model, on every rank: weight and bias are gathered where the
+        forward left shards, and stay whole until FSDP's own backward has reduced their gradients with the others.
+        """
+        layer, config = _linear_head(model), unwrapped(model).config.get_text_config()
+        _gather(layer, model)
         scale = 1.0
         for attribute, power in _SCALES.items():
             scale *= float(getattr(config, attribute, None) or 1.0) ** power
         softcap = getattr(config, "final_logit_softcapping", None)
-        head = cls(layer.weight, layer.bias, None if scale == 1.0 else scale, softcap)
-        head._check(inner, name)
-        return head
+        return cls(layer.weight, layer.bias, None if scale == 1.0 else scale, softcap)
 
-    @torch.no_grad()
-    def _check(self, model: Any, name: str) -> None:
-        ids = torch.tensor([[0, 1]], device=self.weight.device)
-        was_training = model.training
-        model.eval()
-        with HeadInputs(model) as inputs:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-        model.train(was_training)
-        assert inputs.taken is not None
-        found = self.logits(inputs.taken)
-        tolerance = 1e-4 if self.weight.dtype == torch.float32 else 3e-2
-        if found.shape != expected.shape or (found - expected).norm() > tolerance * expected.norm():
-            raise InputError(
-                f"{name} does more to its logits than a linear layer, a scale and a soft-cap of its config; {_DENSE}"
-            )
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Runs two tokens through `model` and refuses one whose logits are not those of `LMHead.read`.
+
+    Leaves the model as it was. Under FSDP2 for all ranks at once, as every forward.
+
+    Raises:
+        InputError: as `LMHead.of`.
+    """
+    name, layer = type(unwrapped(model)).__name__, _linear_head(model)
+    ids = torch.tensor([[0, 1]], device=layer.weight.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    was_training = model.training
+    model.eval()
+    expected = model(**batch).logits.float()
+    with HeadInputs(model) as inputs:
+        model(**batch)
+    model.train(was_training)
+    assert inputs.taken is not None
+    head = LMHead.read(model)
+    found = head.logits(inputs.taken)
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2
+    for module in _sharded(model):  # no backward will do it, and an optimizer made next must see the shards
+        module.reshard()
+    if found.shape != expected.shape or (found - expected).norm() > tolerance * expected.norm():
+        raise InputError(
+            f"{name} does more to its logits than a linear layer, a scale and a soft-cap of its config; {_DENSE}"
+        )
+
+
+def _linear_head(model: nn.Module) -> nn.Linear:
+    inner = unwrapped(model)
+    layer = inner.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        raise InputError(f"the output head of {type(inner).__name__} is a {kind}, not a linear layer; {_DENSE}")
+    return layer
+
+
+def _gather(layer: nn.Linear, model: nn.Module) -> None:
+    """Makes the weights of `layer` whole where FSDP2 holds them in shards; refuses what else leaves them in pieces."""
+    for innermost in [module for module in _sharded(model) if layer in module.modules()][-1:]:
+        innermost.unshard()
+    in_pieces = hasattr(layer.weight, "full_tensor") or layer.weight.shape != (layer.out_features, layer.in_features)
+    if in_pieces or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        name = type(unwrapped(model)).__name__
+        raise InputError(f"the output head of {name} is split over ranks, and not by fully_shard alone; {_DENSE}")
+
+
+def _sharded(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was called on, outer before inner."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 _DENSE = "set training.logits=dense"
@@ -111,15 +158,31 @@ class HeadInputs:
         self.taken: Tensor | None = None
 
     def __enter__(self) -> "HeadInputs":
-        self._hook = self._layer.register_forward_pre_hook(self._take)
+        self._hooks = [
+            self._layer.register_forward_pre_hook(self._take),
+            self._layer.register_forward_hook(lambda layer, arguments, output: _NoGradient.apply(output)),
+        ]
         return self
 
     def __exit__(self, *exception) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def _take(self, layer: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
         self.taken = arguments[0]
         return (arguments[0][:, :0],)
+
+
+class _NoGradient(torch.autograd.Function):
+    """The identity whose backward hands on nothing: the empty logits keep their graph, and cost no weight gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
 
 
 def completion_logits(model: nn.Module, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
@@ -144,10 +207,10 @@ def completion_hidden(model: nn.Module, *, input_ids: Tensor, attention_mask: Te
     Arguments and edges as `completion_logits`.
     """
     with HeadInputs(model) as inputs:
-        _, kept = _forward(model, input_ids, attention_mask, mask)
+        logits, kept = _forward(model, input_ids, attention_mask, mask)
     if inputs.taken is None:
         raise InputError(f"{type(unwrapped(model)).__name__} did not call its output head; {_DENSE}")
-    return inputs.taken[kept]
+    return inputs.taken[kept] + logits.sum()  # 0: FSDP2 learns of the backward from what the model returned
 
 
 def _forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +224,8 @@ def _forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: 
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model inside a distributed or compiling wrapper."""
-    while (inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None)) is not None:
-        model = inner
-    return model
+    """The Hugging Face model inside a distributed, compiling or PEFT wrapper."""
+    inner: Any = model
+    while (within := getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)) is not None:
+        inner = within
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner

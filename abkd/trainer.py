@@ -3,7 +3,6 @@
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from abkd.data.instructions import Example
 from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence, ForwardKL, ReverseKL
 from abkd.errors import InputError
 from abkd.evaluation.fidelity import fidelity
-from abkd.head import LMHead, completion_hidden, completion_logits, unwrapped
+from abkd.head import LMHead, check_head, completion_hidden, completion_logits
 from abkd.objective import Objective, completion_mask
 from abkd.rundir import WHOLE_MARK
 from abkd.teachers.in_process import InProcessTeacher
@@ -84,7 +83,7 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher
         self.objective = objective
         self.group_by_length = group_by_length
-        self._head, self.how_logits = _fused_head(self.model, objective, logits)
+        self.fused, self.how_logits = _choose_logits(self.model, objective, logits)
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the step's tokens
         self._exponents: dict[str, float] = {}
         self._logged = dict.fromkeys(("kd", "ce", "num_tokens"), 0.0)
@@ -106,11 +105,10 @@ class DistillationTrainer(Trainer):
             "labels": labels[:, 1:][mask],
             "num_tokens": mask.sum() if num_items_in_batch is None else num_items_in_batch,
         }
-        if self._head is not None:
+        if self.fused:
             targets = self.teacher.targets(**batch, example_ids=example_ids)
             hidden = completion_hidden(model, **batch)
-            layer = unwrapped(model).get_output_embeddings()  # its weight is another object once the model is wrapped
-            head = replace(self._head, weight=layer.weight, bias=layer.bias)
+            head = LMHead.read(model)  # after the forward: a wrapper may have put another weight there
             loss = objective.linear(student_hidden=hidden, student_head=head, targets=targets, **counted)
         else:
             teacher_logits = None
@@ -240,20 +238,21 @@ class StopOnInterrupt(TrainerCallback):
             control.should_training_stop = True
 
 
-def _fused_head(model: nn.Module, objective: Objective, logits: str) -> tuple[LMHead | None, str]:
-    """The student's head where the fused path is asked for and possible, and one line that says what was chosen."""
+def _choose_logits(model: nn.Module, objective: Objective, logits: str) -> tuple[bool, str]:
+    """Whether the fused path is asked for and possible, and one line that says what was chosen."""
     if logits == "dense":
-        return None, "logits: dense, as asked for"
+        return False, "logits: dense, as asked for"
     if reason := objective.needs_logits:
         if logits == "fused":
             raise InputError(f"training.logits=fused cannot do {reason}; set training.logits=auto")
-        return None, f"logits: dense, because of {reason}"
+        return False, f"logits: dense, because of {reason}"
     try:
-        return LMHead.of(model), "logits: fused with the divergence, chunk by chunk"
+        check_head(model)
+        return True, "logits: fused with the divergence, chunk by chunk"
     except InputError as error:
         if logits == "fused":
             raise InputError(f"training.logits: {error}") from None
-        return None, f"logits: dense, because {error}"
+        return False, f"logits: dense, because {error}"
 
 
 def quiet(trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Two processes under DDP take the step that one process takes, with the fused head and with dense logits."""
+"""Two processes under DDP take the steps that one process takes with dense logits."""
 
 import subprocess
 import sys
@@ -6,36 +6,57 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_llama, make_tokenizer
+from test_fused import LORA_WARNING, with_lora
 from test_trainer import make_trainer, weights
 
 HERE = Path(__file__)
+CASES = {"tied": {}, "untied": {"tied": False}, "LoRA": {"lora": True}, "dense": {"logits": "dense"}}
 
 
-@pytest.mark.parametrize("logits", ["fused", "dense"])
-def test_two_processes_take_the_step_of_one(tokenizer, tmp_path, logits):
-    alone = make_trainer(tokenizer, tmp_path / "one", logits=logits, max_steps=3, learning_rate=0.02)
-    alone.train()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE)]
-    done = subprocess.run([*command, logits, str(tmp_path)], capture_output=True, text=True, cwd=HERE.parent)
-    assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), weights(alone), rtol=1e-4, atol=1e-5)
-
-
-def main(logits: str, folder: str) -> None:
-    from conftest import make_tokenizer
-
+def train(folder, *, batch_size, logits="fused", tied=True, lora=False):
+    tokenizer = make_tokenizer()
+    student = make_llama(len(tokenizer), layers=2, tied=tied, seed=3)
+    student = with_lora(student) if lora else student
     trainer = make_trainer(
-        make_tokenizer(),
-        Path(folder) / "two",
+        tokenizer,
+        folder,
+        student=student,
         logits=logits,
         max_steps=3,
         learning_rate=0.02,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=batch_size,
     )
-    assert trainer.args.world_size == 2
     trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory):
+    """Case -> weights of the student."""
+    folder = tmp_path_factory.mktemp("ddp")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE)]
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "weights.pt")
+
+
+@pytest.mark.filterwarnings(LORA_WARNING)
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_take_the_steps_of_one(of_two_processes, tmp_path, case):
+    alone = train(tmp_path, batch_size=8, **CASES[case] | {"logits": "dense"})
+    torch.testing.assert_close(of_two_processes[case], weights(alone), rtol=1e-4, atol=1e-5)
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for case, options in CASES.items():
+        trainer = train(Path(folder) / "run", batch_size=4, **options)
+        assert trainer.args.world_size == 2
+        found[case] = weights(trainer)
     if trainer.args.process_index == 0:
-        torch.save(weights(trainer), Path(folder) / "weights.pt")
+        torch.save(found, Path(folder) / "weights.pt")
     trainer.accelerator.wait_for_everyone()
     torch.distributed.destroy_process_group()
 

@@ -90,7 +90,9 @@ def test_a_model_that_does_more_to_its_logits_is_refused_by_name():
 def test_a_head_that_is_no_linear_layer_is_refused_by_name():
     model = make_llama(300)
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    with pytest.raises(InputError, match="the output head of LlamaForCausalLM is a Sequential, not a linear layer"):
+    with pytest.raises(
+        InputError, match=r"the output head of LlamaForCausalLM is a torch\.nn\..*Sequential, not a linear layer"
+    ):
         LMHead.of(model)
 
 
@@ -98,7 +100,7 @@ def test_reading_leaves_the_model_as_it_was():
     model = make_llama(300).train()
     LMHead.of(model)
     assert model.training
-    assert not model.lm_head._forward_pre_hooks
+    assert not model.lm_head._forward_pre_hooks and not model.lm_head._forward_hooks
 
 
 def test_no_logits_are_made_while_the_inputs_of_the_head_are_taken():
@@ -107,6 +109,13 @@ def test_no_logits_are_made_while_the_inputs_of_the_head_are_taken():
         logits = model(input_ids=inputs["input_ids"]).logits
     assert logits.shape == (2, 0, 300) and taken.taken.shape == (2, 9, 32)
     assert model(input_ids=inputs["input_ids"]).logits.shape == (2, 9, 300)
+
+
+def test_the_backward_through_hidden_states_costs_the_head_nothing():
+    model = make("Llama", False)
+    completion_hidden(model, **batch()).sum().backward()
+    assert model.lm_head.weight.grad is None
+    assert model.model.norm.weight.grad.norm() > 0
 
 
 def test_without_a_counted_token_hidden_states_are_attached():

@@ -10,9 +10,8 @@ from conftest import make_gpt2, make_llama
 from transformers import TrainingArguments
 
 from abkd import AlphaBeta, DistillationTrainer, ForwardKL, InProcessTeacher, InputError, Objective
-from abkd.calibrations import LSD, Plain
 from abkd.data.instructions import Example
-from abkd.divergences import JSD, AlphaBetaSchedule, Ramp
+from abkd.divergences import AlphaBetaSchedule, Ramp
 from abkd.models.students import shrink
 from abkd.trainer import MetricsWriter, ProgressBar, StopOnInterrupt, quiet
 
@@ -234,52 +233,3 @@ def test_alpha_goes_from_its_first_value_to_its_last_and_is_logged(tokenizer, tm
     trainer.train()
     logged = [(line["alpha"], line["beta"]) for line in trainer.state.log_history if "loss" in line]
     assert logged == [(0.5, 0.5), (0.25, 0.5), (0.0, 0.5), (-0.25, 0.5), (-0.5, 0.5)]
-
-
-OBJECTIVES = {
-    "alpha-beta": Objective(AlphaBeta()),
-    "with cross-entropy": Objective(AlphaBeta(), ce_weight=0.3),
-    "JSD": Objective(JSD(), kd_weight=2.0),
-    "at a temperature": Objective(Plain(ForwardKL(), 2.0, temperature_gradient_scale="squared"), ce_weight=0.3),
-    "a schedule": Objective(AlphaBetaSchedule(Ramp(1.0, -0.2), 0.7)),
-}
-
-
-@pytest.mark.parametrize("make", [make_llama, make_gpt2])
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_fused_and_dense_give_the_same_twenty_steps(tokenizer, tmp_path, objective, make):
-    """fp32; the tied head's gradient reaches the embedding whole in both."""
-    curves, ends = [], []
-    for logits in ("fused", "dense"):
-        trainer = make_trainer(
-            tokenizer, tmp_path, objective=objective, logits=logits, student=shrink(make(len(tokenizer)), 2),
-            max_steps=20, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.02,
-        )  # fmt: skip
-        assert (trainer._head is not None) == (logits == "fused")
-        trainer.train()
-        lines = [line for line in trainer.state.log_history if "loss" in line]
-        curves.append(torch.tensor([[float(line[name]) for name in ("loss", "kd", "ce")] for line in lines]))
-        ends.append(weights(trainer))
-    torch.testing.assert_close(*curves, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
-
-
-def test_what_the_fused_path_cannot_do_is_dense_and_says_so_or_is_refused(tokenizer, tmp_path):
-    for objective, reason in (
-        (Objective(LSD()), "the calibration lsd"),
-        (Objective(kd_weight=0, ce_weight=1), "kd_weight=0"),
-    ):
-        trainer = make_trainer(tokenizer, tmp_path, objective=objective)
-        assert trainer.how_logits == f"logits: dense, because of {reason}"
-        trainer.train()
-        with pytest.raises(InputError, match=f"training.logits=fused cannot do {reason}; set training.logits=auto"):
-            make_trainer(tokenizer, tmp_path, objective=objective, logits="fused")
-    assert make_trainer(tokenizer, tmp_path).how_logits == "logits: fused with the divergence, chunk by chunk"
-    student = make_llama(len(tokenizer))
-    student.lm_head = torch.nn.Sequential(student.lm_head)
-    assert (
-        "the output head of LlamaForCausalLM is a Sequential"
-        in make_trainer(tokenizer, tmp_path, student=student).how_logits
-    )
-    with pytest.raises(InputError, match=r"training\.logits: the output head of LlamaForCausalLM is a Sequential"):
-        make_trainer(tokenizer, tmp_path, student=student, logits="fused")

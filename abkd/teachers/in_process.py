@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abkd.errors import InputError
-from abkd.head import LMHead, completion_hidden, completion_logits
+from abkd.head import LMHead, check_head, completion_hidden, completion_logits
 from abkd.targets import DenseTargets, HiddenTargets, Targets
 
 
@@ -23,7 +23,7 @@ class InProcessTeacher:
         self.model = model.eval().requires_grad_(False)
         self.remember = remember
         self._hidden: dict[int, Tensor] = {}  # example id -> [num_tokens, hidden]
-        self._head: LMHead | str | None = None  # or why there is none, or not yet read
+        self._no_head: str | None = None  # why LMHead cannot be read, empty where it can; None until it is checked
 
     @torch.no_grad()
     def logits(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, example_ids: Tensor) -> Tensor:
@@ -37,19 +37,21 @@ class InProcessTeacher:
         inputs = self._on_device(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
         if not self.remember:
             return completion_logits(self.model, **inputs)
-        return self._read_head().logits(self._remembered(example_ids, **inputs))
+        hidden = self._remembered(example_ids, **inputs)
+        return LMHead.read(self.model).logits(hidden)
 
     @torch.no_grad()
     def targets(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, example_ids: Tensor) -> Targets:
         """Hidden states with the head where the head can be read, else logits. Arguments as `logits`."""
         inputs = self._on_device(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
         if self.remember:
-            return HiddenTargets(self._remembered(example_ids, **inputs), self._read_head())
+            return HiddenTargets(self._remembered(example_ids, **inputs), LMHead.read(self.model))
         try:
-            head = self._read_head()
+            self._check_head()
         except InputError:
             return DenseTargets(completion_logits(self.model, **inputs))
-        return HiddenTargets(completion_hidden(self.model, **inputs), head)
+        hidden = completion_hidden(self.model, **inputs)
+        return HiddenTargets(hidden, LMHead.read(self.model))
 
     def _on_device(self, **tensors: Tensor) -> dict[str, Tensor]:
         return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
@@ -58,18 +60,18 @@ class InProcessTeacher:
         """`[N, hidden]`, out of memory; what is not there yet is made."""
         ids = example_ids.tolist()
         if not all(example_id in self._hidden for example_id in ids):
-            self._read_head()
+            self._check_head()
             hidden = completion_hidden(self.model, **inputs)
             lengths = inputs["mask"].sum(dim=1).tolist()
             self._hidden.update(zip(ids, (rows.cpu().clone() for rows in hidden.split(lengths)), strict=True))
         return torch.cat([self._hidden[example_id] for example_id in ids]).to(self.model.device)
 
-    def _read_head(self) -> LMHead:
-        if self._head is None:
+    def _check_head(self) -> None:
+        if self._no_head is None:
             try:
-                self._head = LMHead.of(self.model)
+                check_head(self.model)
+                self._no_head = ""
             except InputError as error:
-                self._head = str(error)
-        if isinstance(self._head, str):
-            raise InputError(f"teacher: {self._head}, and teacher.remember=false")
-        return self._head
+                self._no_head = str(error)
+        if self._no_head:
+            raise InputError(f"teacher: {self._no_head}, and teacher.remember=false")
