@@ -77,7 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="as in training.learning_rate=1e-4")
 
     add_recipe(add("train", _train, "train a student as a recipe says, and measure it before and after"))
-    add_recipe(add("check", _check, "check a recipe, its models and every row of its data, without running it"))
+    add_recipe(
+        add(
+            "check",
+            _check,
+            "check a recipe, its models, every row of its data and the memory it needs, without running it",
+        )
+    )
     evaluate = add("eval", _eval, "measure a run's student, or any model, against a recipe's teacher and data")
     evaluate.add_argument("target", metavar="RUN_OR_MODEL", help="the folder of a run or of a model, or a hub id")
     evaluate.add_argument("--recipe", help="where the target is a model: the recipe that names teacher and data")
@@ -120,6 +126,11 @@ def _check(options: argparse.Namespace) -> int:
         _say(model)
     _say(f"data: {len(inputs.train):,} rows to train on, {len(inputs.validation):,} to validate with; all well-formed")
     _say("the recipe is valid; prompt lengths and vocabularies are checked when the tokenizer is loaded")
+    _say("loading torch and transformers, for the memory that a step needs")
+    _quieten_libraries()
+    from abkd.run import say_memory
+
+    say_memory(recipe, _say)
     return DONE
 
 

@@ -9,22 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from abkd import config
 from abkd.analysis.mass import RankMassMeter
 from abkd.calibrations import CALIBRATIONS, Calibration, Plain
-from abkd.data.batches import Collator, batches_by_length
+from abkd.data.batches import Collator, batches_by_length, num_tokens
 from abkd.data.instructions import EncodingCounts, Example, encode
 from abkd.divergences import KINDS, AlphaBetaSchedule, Divergence, Ramp
 from abkd.errors import InputError
 from abkd.evaluation.fidelity import fidelity
 from abkd.evaluation.rouge import rouge_l
+from abkd.fit import advice, device_of, free_bytes
 from abkd.generation import generate
 from abkd.inputs import Inputs
-from abkd.models.pretrained import load_model, load_tokenizer
+from abkd.kernels.memory import Step, StepMemory, step_memory
+from abkd.models.pretrained import load_model, load_skeleton, load_tokenizer
 from abkd.models.students import shrink
 from abkd.objective import Objective
 from abkd.rundir import RESULTS, RunDir
@@ -64,18 +68,69 @@ def train(recipe: config.Recipe, inputs: Inputs, say: Say) -> dict[str, Any] | N
     if recipe.resume and (results := RunDir(Path(recipe.run_dir)).read_results()):
         say(f"{recipe.run_dir} is finished already")
         return results
-    setup = prepare(recipe, inputs, say)
+    setup = prepare(recipe, inputs, say, to_train=True)
     return distil(recipe, setup, make_student(recipe, setup), say)
 
 
-def prepare(recipe: config.Recipe, inputs: Inputs, say: Say) -> Setup:
-    """Loads the teacher and tokenises the data."""
+def say_memory(recipe: config.Recipe, say: Say, train: Sequence[Example] = ()) -> None:
+    """What a training step needs, and what to change where it does not fit; see `step_memory_of`."""
+    try:
+        lines = advice(recipe, lambda changed: step_memory_of(changed, train), free_bytes(device_of(recipe)))
+    except Exception as error:  # a model's own code runs on tensors without values, which not every model bears
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = [f"memory: what a training step needs is not known ({reason})"]
+    for line in lines:
+        say(line)
+
+
+def step_memory_of(recipe: config.Recipe, train: Sequence[Example] = ()) -> StepMemory:
+    """Of the longest batch that `train` can give; without examples, of a batch of data.max_tokens each."""
+    size = recipe.training.batch_size
+    lengths = sorted(map(num_tokens, train))[-size:] or [recipe.data.max_tokens] * size
+    completions = sorted(len(example.completion_ids) for example in train)[-size:] or lengths
+    objective = make_objective(recipe.objective).at(1.0)
+
+    def make_models() -> tuple[PreTrainedModel, PreTrainedModel]:
+        teacher = load_skeleton(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
+        match recipe.student:
+            case config.Shrink(keep_layers=keep_layers):
+                student = shrink(teacher, keep_layers).float()
+            case config.Pretrained(path=path):
+                student = load_skeleton(path, "student.path")
+        _freeze(student, recipe.student)
+        if recipe.training.activation_checkpointing:
+            getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
+        return student.train(), teacher
+
+    def dense_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+        return objective(**logits, labels=labels, num_tokens=len(labels)).total
+
+    is_dense = recipe.training.logits == "dense" or objective.needs_logits
+    loss = dense_loss if is_dense else objective.divergence
+    assert loss is not None and not isinstance(loss, AlphaBetaSchedule)
+    step = Step(
+        batch_size=len(lengths),
+        length=lengths[-1],
+        num_tokens=sum(completions),
+        loss=loss,
+        autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
+        accumulates=recipe.training.accumulation > 1,
+        device=device_of(recipe),
+    )
+    return step_memory(make_models, step)
+
+
+def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = False) -> Setup:
+    """Loads the teacher and tokenises the data; `to_train`: says first what memory a training step needs."""
     tokenizer = load_tokenizer(recipe.teacher.path, "teacher.path")
     options = recipe.data.model_dump(include={"prompt_format", "max_prompt_tokens", "max_tokens", "long_prompts"})
     train, train_counts = encode(inputs.train, tokenizer, **options)
     validation, validation_counts = encode(inputs.validation, tokenizer, **options, first_id=len(train))
     say(f"train: {_describe(train_counts)}")
     say(f"validation: {_describe(validation_counts)}")
+    if to_train:
+        say_memory(recipe, say, train)
     say(f"loading the teacher {recipe.teacher.path}")
     model = load_model(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
     return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation)
@@ -91,10 +146,14 @@ def make_student(recipe: config.Recipe, setup: Setup) -> PreTrainedModel:
             check_same_vocabulary(student=load_tokenizer(path, "student.path"), teacher=setup.tokenizer)
             student = load_model(path, "student.path")
     check_same_width(student=student, teacher=setup.teacher.model)
-    if recipe.student.freeze_embeddings:
+    _freeze(student, recipe.student)
+    return student
+
+
+def _freeze(student: PreTrainedModel, section: config.Student) -> None:
+    if section.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
         student.get_output_embeddings().requires_grad_(False)
-    return student
 
 
 def make_objective(section: config.Objective) -> Objective:

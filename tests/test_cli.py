@@ -300,11 +300,14 @@ def test_check_prints_the_resolved_recipe_and_what_it_names(recipe_file, teacher
     assert done.code == 0, done.err
     recipe = read_recipe(str(recipe_file), ["training.seed=3"])
     assert done.out.startswith(recipe.to_yaml())
-    assert done.out.removeprefix(recipe.to_yaml()).splitlines() == [
+    *lines, memory = done.out.removeprefix(recipe.to_yaml()).splitlines()
+    assert lines == [
         f"teacher.path: {teacher_folder} ({teacher_folder})",
         "data: 8 rows to train on, 4 to validate with; all well-formed",
         "the recipe is valid; prompt lengths and vocabularies are checked when the tokenizer is loaded",
+        "loading torch and transformers, for the memory that a step needs",
     ]
+    assert memory.startswith("memory: a training step needs 0.0") and memory.endswith("GiB are free")
     assert not (tmp_path / "run").exists()
 
 
@@ -367,13 +370,13 @@ def imported_by(statement: str) -> str:
     [
         "import abkd, abkd.config, abkd.cli, abkd.inputs",
         "from abkd.cli import main; sys.exit(main(['--help']))",
-        "from abkd.cli import main; assert main(['check', RECIPE]) == 0",
+        "from abkd.cli import main; assert main(['check', RECIPE, 'data.train=/no/such']) == 2",
         "from abkd.cli import main; assert main(['train', RECIPE, 'training.num_steps=many']) == 2",
         "from abkd.cli import main; assert main(['train', RECIPE, 'teacher.path=/no/such']) == 2",
         "from abkd.cli import main; assert main(['eval', '/no/such']) == 2",
         "from abkd.cli import main; assert main(['recipes', 'demo']) == 0",
     ],
-    ids=["import", "help", "check", "a refused recipe", "a refused model", "a refused eval", "recipes"],
+    ids=["import", "help", "a refused check", "a refused recipe", "a refused model", "a refused eval", "recipes"],
 )
 def test_torch_is_not_imported(statement, recipe_file):
     assert imported_by(statement.replace("RECIPE", repr(str(recipe_file)))) == "imported: []"

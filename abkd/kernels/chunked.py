@@ -92,6 +92,15 @@ def chunk_rows(
     return max(8, min(rows // 8 * 8, num_rows))
 
 
+def workspace_bytes(
+    num_rows: int, head: LMHead, divergence: Divergence, device: torch.device, in_triton: bool = False
+) -> int:
+    """What a loss of `num_rows` tokens takes besides its inputs and their gradients."""
+    rows = chunk_rows(num_rows, head, divergence, device, in_triton)
+    in_fp32 = head.weight.numel() if head.weight.requires_grad and head.weight.dtype != torch.float32 else 0
+    return 4 * (rows * head.vocab * _buffers(head, divergence, device, in_triton) + in_fp32)
+
+
 def _buffers(head: LMHead, divergence: Divergence, device: torch.device, in_triton: bool) -> int:
     """fp32 numbers per logit of a chunk: both models' logits, and what the step makes of them."""
     in_place = exponents(divergence) is not None and device.type == "cpu"

@@ -65,6 +65,18 @@ def load_model(path: str, field: str, dtype: str = "float32"):
     return model.eval()
 
 
+def load_skeleton(path: str, field: str, dtype: str = "float32"):
+    """The model of `load_model` with weights of its shapes and arbitrary values: its configuration is read, no weight.
+
+    For use where tensors hold no memory (`abkd.kernels.memory`).
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = _from_pretrained(AutoConfig, path, field, {})
+    return AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype)).eval()
+
+
 def load_tokenizer(path: str, field: str):
     """The tokenizer at `path` (see `find_model`)."""
     from transformers import AutoTokenizer
