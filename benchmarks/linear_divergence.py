@@ -2,15 +2,19 @@
 
     python benchmarks/linear_divergence.py                      # every method, divergence and shape; appends to the CSV
     python benchmarks/linear_divergence.py --methods "chunked;plain torch" --shapes 2048x256x50304 --repeats 5
+    python benchmarks/linear_divergence.py --shapes SCALING --methods "chunked;plain torch" --divergences forward_kl
+    python benchmarks/linear_divergence.py --device cuda --shapes 8192x4096x128256 --dtypes bfloat16
     python benchmarks/linear_divergence.py --plot               # draws the CSV again
 
-Time: from hidden states to the gradients of student hidden states and student weight; median of the repeats, and median
-of its ratio to the floor, the four matrix products that cannot be avoided (two logits, two gradients), done dense in
-torch in the same process between the repeats. Memory: the peak above what inputs and library hold, gradients
-included. Error: relative L2 of the two gradients against fp64 on a small problem of the same dtype.
+Time: from hidden states to the gradients of student hidden states and student weight; median of the repeats, and
+median of its ratio to the floor: the four matrix products that cannot be avoided (two logits, two gradients), done
+dense in torch in the tensors' own dtype, in the same process between the repeats. Memory: the peak above what inputs
+and library hold, gradients included (resident on a CPU, allocated on a GPU). Error: relative L2 of the two gradients
+against fp64 on a small problem of the same dtype.
 
 Peers are optional: pip install -c constraints.txt -e '.[bench]', and without their dependencies
-pip install --no-deps liger-kernel==0.8.5 torchtune==0.6.1 torchao==0.18.0. A peer that is not there, or cannot do a
+pip install --no-deps liger-kernel==0.8.5 torchtune==0.6.1 torchao==0.9.0 omegaconf antlr4-python3-runtime==4.9.3
+sentencepiece tiktoken. A peer that is not there, or cannot do a
 divergence, has no row.
 """
 
@@ -32,6 +36,10 @@ import torch
 
 CSV = Path(__file__).with_name("linear_divergence.csv")
 SHAPES = ("2048x256x50304", "1024x576x49152", "512x2048x151936")
+SCALING = (
+    "512x256x50304", "1024x256x50304", "2048x256x50304", "4096x256x50304", "8192x256x50304",  # in N
+    "1024x256x16384", "1024x256x32768", "1024x256x65536", "1024x256x131072",  # in V
+)  # fmt: skip
 DIVERGENCES = ("alpha_beta", "forward_kl", "reverse_kl", "jsd")
 FIELDS = (
     "date", "commit", "hardware", "threads", "torch", "method", "divergence", "dtype", "tokens", "hidden", "vocab",
@@ -59,7 +67,7 @@ def abkd_path(path, step=None):
                 LMHead(weight),
                 HiddenTargets(teacher_hidden, LMHead(teacher_weight)),
                 divergence=kinds[divergence],
-                token_weights=torch.full((len(hidden),), 1 / len(hidden)),
+                token_weights=torch.full((len(hidden),), 1 / len(hidden), device=hidden.device),
                 path=path,
             ).total
 
@@ -126,7 +134,7 @@ def torchtune(divergence):
     if divergence not in losses:
         return None
     loss = losses[divergence]()
-    return lambda q, p: loss(q[None], p[None], torch.zeros(1, len(q), dtype=torch.long))
+    return lambda q, p: loss(q[None], p[None], torch.zeros(1, len(q), dtype=torch.long, device=q.device))
 
 
 def trl_chunked(divergence):
@@ -156,7 +164,8 @@ def liger(chunk_size):
         )
 
         def total(hidden, weight, teacher, teacher_weight):
-            result = loss(hidden, weight, teacher, teacher_weight, torch.zeros(len(hidden), dtype=torch.long))
+            labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+            result = loss(hidden, weight, teacher, teacher_weight, labels)
             return result[0] if isinstance(result, tuple) else result
 
         return total
@@ -165,7 +174,8 @@ def liger(chunk_size):
 
 
 METHODS = {
-    "chunked": abkd_path("auto"),
+    "chunked": abkd_path("chunked"),
+    "triton": abkd_path("triton"),
     "chunked, no compiler": abkd_path("chunked", "torch_step"),
     "reference": abkd_path("reference"),
     "plain torch": dense(plain_kl),
@@ -180,12 +190,12 @@ METHODS = {
 PACKAGES = {"TRL": "trl", "Liger": "liger_kernel", "torchtune": "torchtune"}
 
 
-def inputs(tokens, hidden, vocab, dtype):
+def inputs(tokens, hidden, vocab, dtype, device="cpu"):
     torch.manual_seed(0)
     made = [torch.randn(n, hidden) for n in (tokens, vocab, tokens, vocab)]
     made[1] *= 3 / hidden**0.5
     made[3] *= 3 / hidden**0.5
-    tensors = [x.to(dtype) for x in made]
+    tensors = [x.to(device, dtype) for x in made]
     return [tensors[0].requires_grad_(), tensors[1].requires_grad_(), *tensors[2:]]
 
 
@@ -198,8 +208,14 @@ def resident_mib():
     return pages * 4096 / 2**20
 
 
-def peak_mib(work):
-    """Of the resident memory while `work` runs, above that before."""
+def peak_mib(work, device):
+    """Of the memory while `work` runs, above that before."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     before, peak, done = resident_mib(), 0.0, threading.Event()
 
     def watch():
@@ -216,9 +232,19 @@ def peak_mib(work):
     return peak - before
 
 
-def errors(make, divergence, dtype):
+def seconds(work, device):
+    if device != "cpu":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def errors(make, divergence, dtype, device):
     """Relative L2 of both gradients against fp64 of the same rounded inputs, N=64, H=128, V=4096."""
-    tensors = inputs(64, 128, 4096, dtype)
+    tensors = inputs(64, 128, 4096, dtype, device)
     truth = gradients(abkd_path("reference")(divergence), [x.detach().double().requires_grad_() for x in tensors])
     found = gradients(make(divergence), tensors)
     size = [
@@ -231,26 +257,24 @@ def errors(make, divergence, dtype):
 
 def measure_one(job):
     tokens, hidden, vocab = job["shape"]
-    dtype = getattr(torch, job["dtype"])
+    dtype, device = getattr(torch, job["dtype"]), job["device"]
     total = METHODS[job["method"]](job["divergence"])
     if total is None:
         return None
-    hidden_error, weight_error = errors(METHODS[job["method"]], job["divergence"], dtype)
-    tensors = inputs(tokens, hidden, vocab, dtype)
+    hidden_error, weight_error = errors(METHODS[job["method"]], job["divergence"], dtype, device)
+    tensors = inputs(tokens, hidden, vocab, dtype, device)
     gradients(total, tensors)  # warms up, compiles
-    extra = peak_mib(lambda: gradients(total, tensors))
-    with torch.no_grad():
-        q, w, p, v = (x.detach() for x in tensors)
+    extra = peak_mib(lambda: gradients(total, tensors), device)
+    q, w, p, v = (x.detach() for x in tensors)
+
+    def products():
+        logits, teacher = q @ w.T, p @ v.T
+        return logits @ w, teacher.T @ q
+
     times, floors = [], []
     for _ in range(job["repeats"]):
-        started = time.perf_counter()
-        logits, teacher = q @ w.T, p @ v.T
-        products = (logits @ w, teacher.T @ q)
-        floors.append(time.perf_counter() - started)
-        del logits, teacher, products
-        started = time.perf_counter()
-        gradients(total, tensors)
-        times.append(time.perf_counter() - started)
+        floors.append(seconds(products, device))
+        times.append(seconds(lambda: gradients(total, tensors), device))
     return {
         "seconds": round(statistics.median(times), 3),
         "seconds_spread": round(max(times) - min(times), 3),
@@ -268,36 +292,42 @@ def git_commit():
     return done.stdout.strip() or "unknown"
 
 
-def check_the_tests_are_green():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(CSV.parent.parent / "tests" / "kernels")], capture_output=True
-    )
-    if done.returncode != 0:
+def check_the_tests_are_green(device):
+    tests = CSV.parent.parent / "tests" / "kernels"
+    files = ["test_linear_divergence.py"] if device == "cpu" else ["test_linear_divergence.py", "test_triton.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *(str(tests / file) for file in files)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
         sys.exit("the kernel tests are red: no figures before they are green (pytest tests/kernels)")
 
 
-def hardware():
+def hardware(device):
+    if device != "cpu":
+        return torch.cuda.get_device_name()
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return f"{names[0].split(':')[1].strip()}, {len(names)} cores" if names else platform.processor()
 
 
 def run(options):
-    check_the_tests_are_green()
+    check_the_tests_are_green(options.device)
     common = {
-        "date": datetime.date.today().isoformat(), "commit": git_commit(), "hardware": hardware(),
+        "date": datetime.date.today().isoformat(), "commit": git_commit(), "hardware": hardware(options.device),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "repeats": options.repeats,
     }  # fmt: skip
     if not CSV.exists():
         CSV.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
     lists = (options.shapes, options.dtypes, options.divergences, options.methods)
+    if options.shapes == "SCALING":
+        lists = (";".join(SCALING), *lists[1:])
     for shape, dtype, divergence, method in itertools.product(*(text.split(";") for text in lists)):
+        if method == "triton" and options.device == "cpu":
+            continue
         package = next((name for peer, name in PACKAGES.items() if method.startswith(peer)), "abkd")
         if importlib.util.find_spec(package) is None:
             print(f"{method}: {package} is not installed")
             continue
         job = {
             "shape": [int(x) for x in shape.split("x")], "dtype": dtype, "divergence": divergence, "method": method,
-            "repeats": options.repeats,
+            "repeats": options.repeats, "device": options.device,
         }  # fmt: skip
         done = subprocess.run([sys.executable, __file__, "--one", json.dumps(job)], capture_output=True, text=True)
         if done.returncode != 0:
@@ -320,33 +350,45 @@ def run(options):
 
 
 def plot():
-    """Draws time against memory, from the CSV: the last row of every method at each shape."""
+    """Draws the CSV's last fp32 row on a CPU of every method and shape: three shapes, two scalings."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     with CSV.open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["dtype"] == "float32"]
-    shapes = sorted({(row["tokens"], row["hidden"], row["vocab"]) for row in rows}, key=lambda s: int(s[2]))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4.2), layout="constrained", squeeze=False)
-    markers = dict(zip(DIVERGENCES, "os^D", strict=True))
+        rows = [row for row in csv.DictReader(file) if row["dtype"] == "float32" and "cores" in row["hardware"]]
+    last = {(r["tokens"], r["hidden"], r["vocab"], r["method"], r["divergence"]): r for r in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        here = {(r["method"], r["divergence"]): r for r in rows if (r["tokens"], r["hidden"], r["vocab"]) == shape}
-        for (method, divergence), row in here.items():
-            colour = f"C{methods.index(method)}"
-            axis.plot(
-                float(row["times_the_floor"]), float(row["extra_mib"]), markers[divergence], color=colour, label=method
-            )
-        axis.set(
-            title="N, H, V = " + ", ".join(shape), xlabel="time / four matrix products", yscale="log", xscale="log"
-        )
-    axes[0][0].set_ylabel("extra peak memory, MiB")
-    handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines()}
-    where = {"loc": "outside lower center", "ncols": 2 * len(shapes), "fontsize": 8, "frameon": False}
-    figure.legend(handles.values(), handles.keys(), **where)
-    figure.savefig(CSV.with_suffix(".png"), dpi=100)
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
+    for axis, shape in zip(axes[0], SHAPES, strict=True):
+        for (*where, method, divergence), row in last.items():
+            if "x".join(where) == shape:
+                point = float(row["times_the_floor"]), float(row["extra_mib"])
+                axis.plot(*point, "os^D"[DIVERGENCES.index(divergence)], color=colour(methods, method), label=method)
+        axis.set(title=f"N, H, V = {shape.replace('x', ', ')}", xlabel="time / four matrix products", yscale="log")
+        axis.set(xscale="log", ylabel="extra peak memory, MiB")
+    for axis, name, fixed in ((axes[1][0], "tokens", "50304"), (axes[1][1], "vocab", "1024")):
+        for method in methods:
+            here = {
+                int(r[name]): float(r["extra_mib"]) for key, r in last.items()
+                if "x".join(key[:3]) in SCALING and fixed in key[:3] and key[3:] == (method, "forward_kl")
+            }  # fmt: skip
+            if len(here) > 2:
+                axis.plot(*zip(*sorted(here.items()), strict=True), "o-", color=colour(methods, method), label=method)
+        other = "V = 50,304" if name == "tokens" else "N = 1,024"
+        axis.set(title=f"forward KL, H = 256, {other}", xlabel=name, xscale="log", yscale="log")
+        axis.set(ylabel="extra peak memory, MiB")
+    axes[1][2].axis("off")
+    handles = {h.get_label(): h for axis in axes.flat for h in axis.get_lines()}
+    axes[1][2].legend(
+        handles.values(), handles.keys(), title="o α-β   s forward KL   ^ reverse KL   D JSD", loc="center"
+    )
+    figure.savefig(CSV.with_suffix(".png"), dpi=80)
+
+
+def colour(methods, method):
+    return f"C{methods.index(method) % 10}" if methods.index(method) < 10 else "black"
 
 
 def main():
@@ -356,6 +398,7 @@ def main():
     ):  # fmt: skip
         parser.add_argument(f"--{name}", default=";".join(default), help="separated by semicolons")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -10,18 +10,22 @@
 
 static const float LN2 = 0.69314718056f, LOG2E = 1.44269504089f;
 
-/* 2^x; relative error below 2.5e-7; held at 2^-126 below and at 2^127 or infinity above. The polynomial is a least-squares fit on [-1/2, 1/2]. */
+/* 2^x for |x| < 2^31, any number for NaN; relative error below 2.5e-7; held at 2^-126 below and at 2^127 above. The polynomial is a least-squares
+ * fit on [-1/2, 1/2]; the whole part goes into the exponent's bits, held there because integers have a minimum in vectors. */
 static inline float exp2_fast(float x) {
-    x = x < -126.f ? -126.f : x > 127.f ? 127.f : x;
     float n = rintf(x), r = x - n, power, y = 0.001326697038665406f;
     y = y * r + 0.009675459745527012f;
     y = y * r + 0.05550742616001791f;
     y = y * r + 0.24022121753561543f;
     y = y * r + 0.693146949161063f;
     y = y * r + 1.000000071029699f;
-    int32_t bits = ((int32_t)n + 127) << 23;
+    int32_t exponent = (int32_t)n, bits;
+    exponent = exponent < -126 ? -126 : exponent;
+    exponent = exponent > 127 ? 127 : exponent;
+    memcpy(&bits, &y, 4);
+    bits += exponent << 23;
     memcpy(&power, &bits, 4);
-    return y * power;
+    return power;
 }
 
 /* (e^t - 1) / t for |t| <= 1/2, where the difference of two powers would cancel. */
@@ -35,24 +39,15 @@ static inline float expm1_ratio(float t) {
     return y * t + 1.f;
 }
 
-/* The largest of n numbers; lowest falls to the smallest. In lanes of 16, which a compiler turns into vectors. */
-static float extremes(const float *x, int64_t n, float *lowest) {
-    float high[16], low[16];
-    for (int j = 0; j < 16; j++) high[j] = -INFINITY, low[j] = *lowest;
+/* The largest of sign x. In lanes of 16, which a compiler turns into vectors. */
+static float largest(const float *x, int64_t n, float sign) {
+    float high[16];
+    for (int j = 0; j < 16; j++) high[j] = -INFINITY;
     int64_t k = 0;
     for (; k + 16 <= n; k += 16)
-        for (int j = 0; j < 16; j++) {
-            high[j] = x[k + j] > high[j] ? x[k + j] : high[j];
-            low[j] = x[k + j] < low[j] ? x[k + j] : low[j];
-        }
-    for (; k < n; k++) {
-        high[0] = x[k] > high[0] ? x[k] : high[0];
-        low[0] = x[k] < low[0] ? x[k] : low[0];
-    }
-    for (int j = 0; j < 16; j++) {
-        high[0] = high[j] > high[0] ? high[j] : high[0];
-        *lowest = low[j] < *lowest ? low[j] : *lowest;
-    }
+        for (int j = 0; j < 16; j++) high[j] = sign * x[k + j] > high[j] ? sign * x[k + j] : high[j];
+    for (; k < n; k++) high[0] = sign * x[k] > high[0] ? sign * x[k] : high[0];
+    for (int j = 0; j < 16; j++) high[0] = high[j] > high[0] ? high[j] : high[0];
     return high[0];
 }
 
@@ -64,15 +59,19 @@ int64_t alpha_beta_rows(float *student, float *teacher, const float *weight, con
                         int64_t num_threads, float alpha, float beta, float student_scale, float teacher_scale) {
     const float s = alpha + beta, per_alpha = alpha == 0 ? 0 : 1 / alpha, per_beta = beta == 0 ? 0 : 1 / beta;
     const float scale_s = student_scale * LOG2E, scale_t = teacher_scale * LOG2E;
+    const float rising = alpha < 0 || beta < 0 || s < 0 ? fabsf(alpha) + fabsf(beta) : 0;
     int64_t skipped = 0;
 #pragma omp parallel for num_threads(num_threads) reduction(+ : skipped)
     for (int64_t row = 0; row < rows; row++) {
         float *x = student + row * vocab, *y = teacher + row * vocab;
-        float sum_x = 0, sum_y = 0, lowest = INFINITY;
-        const float max_x = extremes(x, vocab, &lowest), max_y = extremes(y, vocab, &lowest);
-        if (lowest == -INFINITY) {
-            skipped++;
-            continue;
+        float sum_x = 0, sum_y = 0;
+        const float max_x = largest(x, vocab, 1), max_y = largest(y, vocab, 1);
+        if (rising > 0) { /* a power with a negative exponent grows towards the lowest logits */
+            const float range_x = max_x + largest(x, vocab, -1), range_y = max_y + largest(y, vocab, -1);
+            if (!(rising * (range_x * scale_s + range_y * scale_t) < 1e9f)) {
+                skipped++;
+                continue;
+            }
         }
         for (int64_t k = 0; k < vocab; k++) {
             sum_x += exp2_fast((x[k] - max_x) * scale_s);
@@ -89,7 +88,7 @@ int64_t alpha_beta_rows(float *student, float *teacher, const float *weight, con
             float w = fabsf(au) < 0.5f ? q_s * u * expm1_ratio(au) : (mixed - q_s) * per_alpha;
             float v = fabsf(bu) < 0.5f ? p_s * u * expm1_ratio(bu) : (p_s - mixed) * per_beta;
             sum_w += w;
-            sum_d += v - w;
+            sum_d += v - w + 0 * u; /* NaN where u is not finite, which the powers do not show */
             sum_h -= q * log_q;
             x[k] = q;
             y[k] = w;

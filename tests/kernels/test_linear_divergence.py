@@ -385,7 +385,7 @@ def test_a_machine_without_a_compiler_says_so_and_works(monkeypatch, tmp_path, c
 def test_memory_grows_with_the_chunk_and_not_with_the_tokens():
     cpu = torch.device("cpu")
     head = LMHead(torch.empty(50_304, 8, device="meta"))
-    assert chunked.chunk_rows(10**6, head, AlphaBeta(), cpu) == 256
+    assert chunked.chunk_rows(10**6, head, AlphaBeta(), cpu) == 312
     assert chunked.chunk_rows(100, head, AlphaBeta(), cpu) == 100
     assert chunked.chunk_rows(10**6, head, JSD(), cpu) < 100
     assert chunked.chunk_rows(10**6, LMHead(torch.empty(10**7, 1, device="meta")), AlphaBeta(), cpu) == 8

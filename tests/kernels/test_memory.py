@@ -97,7 +97,7 @@ def test_dense_logits_grow_with_the_tokens_and_fused_ones_to_their_share():
     assert fused.loss == 2 * 4 * 8192 * VOCAB < large.loss / 2
     assert memory(loss=JSD(), num_tokens=8192, **options).loss == 8 * 4 * 8192 * VOCAB
     gib = 4 * 10**6 * VOCAB
-    assert memory(loss=AlphaBeta(), num_tokens=10**6, **options).loss <= 100 * 2**20 < gib
+    assert memory(loss=AlphaBeta(), num_tokens=10**6, **options).loss <= 120 * 2**20 < gib
 
 
 def test_nothing_is_allocated():
