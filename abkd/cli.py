@@ -160,7 +160,7 @@ def _eval(options: argparse.Namespace) -> int:
     from abkd.run import make_student, measure_before, prepare
 
     setup = prepare(recipe, inputs, say)
-    measured = measure_before(recipe, setup, make_student(recipe, setup))
+    measured = measure_before(recipe, setup, make_student(recipe, setup, say))
     measured["student"] = measured.pop("before")
     if options.json:
         print(json.dumps(measured, indent=2))

@@ -264,13 +264,24 @@ class Pretrained(Section):
 
 
 class Shrink(Section):
-    """The teacher with some of its layers."""
+    """The teacher with some of its layers. Either keep_layers or layers says which."""
 
     kind: Literal["shrink"]
-    keep_layers: Count
+    keep_layers: CountOrZero = 0
     """How many, evenly spaced, first and last included."""
+    layers: tuple[CountOrZero, ...] = ()
+    """Their numbers, rising, the teacher's first is 0."""
     freeze_embeddings: bool = False
     """As for a pretrained student. The embeddings are the teacher's own."""
+
+    @model_validator(mode="after")
+    def _which_layers(self):
+        if bool(self.keep_layers) == bool(self.layers):
+            found = "both are set" if self.layers else "neither is"
+            raise ValueError(f"set exactly one of keep_layers (above 0) and layers, {found}")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers={list(self.layers)} must rise, each number once")
+        return self
 
 
 Student = Annotated[Pretrained | Shrink, Field(discriminator="kind")]
@@ -287,8 +298,8 @@ class Data(Section):
     """Only the first so many rows of train, after the hold-out; 0 for all."""
     max_validation_rows: CountOrZero = 0
     """Only the first so many rows of validation; 0 for all."""
-    prompt_format: Literal["chat", "plain"] = "chat"
-    """chat: the tokenizer's chat template. plain: prompt and completion joined as they are."""
+    prompt_format: Literal["chat", "alpaca", "plain"] = "chat"
+    """chat: the tokenizer's chat template. alpaca: the paper's prompt. plain: both joined as they are."""
     max_prompt_tokens: Count = 256
     max_tokens: Count = 512
     """Prompt and completion together; longer completions are cut, and counted."""

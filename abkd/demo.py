@@ -26,7 +26,7 @@ def run_demo(recipe: Recipe, inputs: Inputs, say: Say) -> bool:
     """Runs it all in folders under `recipe.run_dir`. False if it was interrupted."""
     started = time.monotonic()
     setup = prepare(recipe, inputs, say)
-    start = make_student(recipe, setup)
+    start = make_student(recipe, setup, say)
     say("measuring the teacher and the student before training")
     measured = measure_before(recipe, setup, start)
     results = {}

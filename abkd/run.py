@@ -41,7 +41,7 @@ from abkd.trainer import (
     StopOnInterrupt,
     quiet,
 )
-from abkd.vocab import check_same_vocabulary, check_same_width
+from abkd.vocab import align_widths, check_same_vocabulary
 
 BEFORE = "before.json"
 Say = Callable[[str], None]
@@ -69,7 +69,7 @@ def train(recipe: config.Recipe, inputs: Inputs, say: Say) -> dict[str, Any] | N
         say(f"{recipe.run_dir} is finished already")
         return results
     setup = prepare(recipe, inputs, say, to_train=True)
-    return distil(recipe, setup, make_student(recipe, setup), say)
+    return distil(recipe, setup, make_student(recipe, setup, say), say)
 
 
 def say_memory(recipe: config.Recipe, say: Say, train: Sequence[Example] = ()) -> None:
@@ -93,8 +93,8 @@ def step_memory_of(recipe: config.Recipe, train: Sequence[Example] = ()) -> Step
     def make_models() -> tuple[PreTrainedModel, PreTrainedModel]:
         teacher = load_skeleton(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
         match recipe.student:
-            case config.Shrink(keep_layers=keep_layers):
-                student = shrink(teacher, keep_layers).float()
+            case config.Shrink() as section:
+                student = shrink(teacher, section.layers or section.keep_layers).float()
             case config.Pretrained(path=path):
                 student = load_skeleton(path, "student.path")
         _freeze(student, recipe.student)
@@ -136,16 +136,17 @@ def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = Fa
     return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation)
 
 
-def make_student(recipe: config.Recipe, setup: Setup) -> PreTrainedModel:
-    """The student before training, checked to share the teacher's vocabulary."""
+def make_student(recipe: config.Recipe, setup: Setup, say: Say) -> PreTrainedModel:
+    """The student before training, with the teacher's vocabulary: refused, or the wider of the two cut, if not."""
     set_seed(recipe.training.seed)
     match recipe.student:
-        case config.Shrink(keep_layers=keep_layers):
-            student = shrink(setup.teacher.model, keep_layers).float()
+        case config.Shrink() as section:
+            student = shrink(setup.teacher.model, section.layers or section.keep_layers).float()
         case config.Pretrained(path=path):
             check_same_vocabulary(student=load_tokenizer(path, "student.path"), teacher=setup.tokenizer)
             student = load_model(path, "student.path")
-    check_same_width(student=student, teacher=setup.teacher.model)
+    if line := align_widths(student=student, teacher=setup.teacher.model, tokenizer=setup.tokenizer):
+        say(line)
     _freeze(student, recipe.student)
     return student
 
@@ -322,7 +323,9 @@ def measure(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> dict
     asked = setup.validation[: recipe.evaluation.num_generated]
     if asked:
         result["answers"] = answer(recipe, setup, model)
-        result["rouge_l"] = rouge_l(result["answers"], [[example.completion] for example in asked])
+        result["rouge_l"] = rouge_l(
+            result["answers"], [example.references or [example.completion] for example in asked]
+        )
     return result
 
 

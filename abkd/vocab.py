@@ -29,15 +29,33 @@ def check_same_vocabulary(*, student, teacher) -> None:
     )
 
 
-def check_same_width(*, student, teacher) -> None:
-    """Refuses two models whose rows of logits have different lengths (padded vocabularies included).
+def align_widths(*, student, teacher, tokenizer) -> str:
+    """Gives both models rows of logits of one length, where they differ only by the padding of the vocabulary.
+
+    The wider one loses its last rows of embeddings and head, in place: the same as logits of -inf there.
 
     Args:
-        student, teacher: Hugging Face models.
+        student, teacher: Hugging Face models with the tokenizer `tokenizer`.
+
+    Returns:
+        One line that says what was left out; empty where nothing was.
+
+    Raises:
+        InputError: the narrower one has no logit for some token.
     """
-    widths = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
-    if widths[0] != widths[1]:
+    models = {"student": student, "teacher": teacher}
+    widths = {name: model.get_output_embeddings().weight.shape[0] for name, model in models.items()}
+    narrow, wide = sorted(widths, key=lambda name: widths[name])
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    if widths[narrow] < num_tokens:
         raise InputError(
-            f"the student has {widths[0]:,} logits a token and the teacher {widths[1]:,}; "
-            "resize one with resize_token_embeddings so that both are equal"
+            f"the {narrow} has {widths[narrow]:,} logits a token, and the tokenizer's ids go up to {num_tokens - 1:,}; "
+            f"choose a {narrow} made for this tokenizer"
         )
+    if widths[narrow] == widths[wide]:
+        return ""
+    models[wide].resize_token_embeddings(widths[narrow])
+    return (
+        f"the {wide} has {widths[wide]:,} logits a token and the {narrow} {widths[narrow]:,}: the last "
+        f"{widths[wide] - widths[narrow]:,} stand for no token and are left out"
+    )

@@ -210,21 +210,33 @@ def other_student(tmp_path):
     ("override", "message"),
     [
         ("data.max_prompt_tokens=3", "tokens, data.max_prompt_tokens is 3; raise it, or set data.long_prompts=drop"),
+        ("student={kind: shrink, layers: [0, 4]}", "student.layers=[0, 4]: must rise, between 0 and 3, as the teacher"),
         ("student.keep_layers=9", "student.keep_layers=9: the teacher has 4 layers; use 1 to 4"),
         ("student={kind: pretrained, path: OTHER}", "student and teacher have different tokenizers: "),
     ],
-    ids=["a long prompt", "too many layers", "another tokenizer"],
+    ids=["a long prompt", "a layer too high", "too many layers", "another tokenizer"],
 )
 def test_what_the_models_refuse_leaves_no_run_folder(recipe_file, other_student, tmp_path, override, message):
     assert message in refusal("train", recipe_file, override.replace("OTHER", str(other_student)))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_student_of_another_width_is_refused(recipe_file, tokenizer, tmp_path):
+def test_a_student_of_another_width_loses_its_padding_and_says_so(recipe_file, tokenizer, tmp_path):
     make_llama(len(tokenizer) + 6).save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
-    message = refusal("train", recipe_file, "student.kind=pretrained", f"student.path={tmp_path / 'wide'}")
-    assert message.startswith(f"the student has {len(tokenizer) + 6} logits a token and the teacher {len(tokenizer)}; ")
+    done = abkd("train", recipe_file, "student.kind=pretrained", f"student.path={tmp_path / 'wide'}")
+    assert done.code == 0, done.err
+    line = f"the student has {len(tokenizer) + 6} logits a token and the teacher {len(tokenizer)}: the last 6 stand for"
+    assert done.out.count(line) == 1
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert trained.get_output_embeddings().weight.shape[0] == trained.config.vocab_size == len(tokenizer)
+
+
+def test_a_student_of_chosen_layers(recipe_file, teacher_folder, tmp_path):
+    done = abkd("train", recipe_file, "student={kind: shrink, layers: [0, 1, 3]}")
+    assert done.code == 0, done.err
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert trained.config.num_hidden_layers == 3
 
 
 def test_a_pretrained_student_with_frozen_embeddings_keeps_them(recipe_file, teacher_folder, tmp_path):
@@ -316,7 +328,7 @@ def test_every_mistake_of_a_recipe_is_a_line_of_its_own(recipe_file):
     assert (done.code, done.out) == (2, "")
     assert done.err.splitlines() == [
         "abkd: student.keep_layer: unknown key; did you mean 'keep_layers'? known here are freeze_embeddings, "
-        "keep_layers, kind",
+        "keep_layers, kind, layers",
         "abkd: objective.divergence.alpha: nan is refused: input should be a finite number",
     ]
 

@@ -52,10 +52,10 @@ WRONG_VALUES = {
     "training.num_steps=2.5": ("2.5 is refused: input should be a valid integer, got a number with a fractional part"),
     "training.batch_size=[1, 2]": "[1, 2] is refused: input should be a valid integer",
     "training.seed=-1": "-1 is refused: input should be greater than or equal to 0",
-    "student.keep_layers=0": "0 is refused: input should be greater than or equal to 1",
+    "student.keep_layers=-1": "-1 is refused: input should be greater than or equal to 0",
     "objective.temperature=0": "0 is refused: input should be greater than 0",
     "objective.kd_weight=-1": "-1 is refused: input should be greater than or equal to 0",
-    "data.prompt_format=markdown": "'markdown' is refused: input should be 'chat' or 'plain'",
+    "data.prompt_format=markdown": "'markdown' is refused: input should be 'chat', 'alpaca' or 'plain'",
     "data.train=5": "5 is refused: input should be a valid string",
     "teacher.remember=maybe": "'maybe' is refused: input should be a valid boolean, unable to interpret input",
     "run_dir=": "'' is refused: string should have at least 1 character",
@@ -74,9 +74,21 @@ def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(minimal_f
     assert refusal(minimal_file, override) == [f"{field}: {WRONG_VALUES[override]}"]
 
 
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["student.keep_layers=0"], "set exactly one of keep_layers (above 0) and layers, neither is"),
+        (["student.layers=[0, 2]"], "set exactly one of keep_layers (above 0) and layers, both are set"),
+        (["student.keep_layers=0", "student.layers=[2, 0]"], "layers=[2, 0] must rise, each number once"),
+    ],
+)
+def test_layers_are_named_or_counted(minimal_file, overrides, message):
+    assert refusal(minimal_file, *overrides) == [f"student: {message}"]
+
+
 UNKNOWN_KEYS = {
     "objective.divergence.alpah=1": "did you mean 'alpha'? known here are alpha, beta, kind",
-    "student.keep_layer=2": "did you mean 'keep_layers'? known here are freeze_embeddings, keep_layers, kind",
+    "student.keep_layer=2": "did you mean 'keep_layers'? known here are freeze_embeddings, keep_layers, kind, layers",
     "teacher.pth=/x": "did you mean 'path'? known here are dtype, kind, path, remember",
     "nonsense=1": f"known here are {SECTIONS}",
 }
@@ -146,7 +158,7 @@ def test_every_mistake_has_its_line(minimal_file):
     ]
 
 
-@pytest.mark.parametrize("field", ["teacher.path", "student.keep_layers", "data.train", "training.learning_rate"])
+@pytest.mark.parametrize("field", ["teacher.path", "data.train", "training.learning_rate"])
 def test_a_missing_field_is_named(field):
     section, key = field.split(".")
     content = MINIMAL | {section: {name: value for name, value in MINIMAL[section].items() if name != key}}

@@ -112,7 +112,7 @@ def train_two_steps(recipe, length: int) -> None:
     setup = Setup(teacher, make_tokenizer(), examples(length), examples(16)[:1])
     run_dir = RunDir(Path(recipe.run_dir))
     run_dir.create(recipe.to_yaml())
-    make_trainer(recipe, setup, make_student(recipe, setup), run_dir).train()
+    make_trainer(recipe, setup, make_student(recipe, setup, print), run_dir).train()
 
 
 # Does it fit

@@ -1,10 +1,11 @@
 import re
 
 import pytest
+import torch
 from conftest import make_llama, make_tokenizer
 
 from abkd.errors import InputError
-from abkd.vocab import check_same_vocabulary, check_same_width
+from abkd.vocab import align_widths, check_same_vocabulary
 
 
 def test_equal_tokenizers_pass(tokenizer):
@@ -42,11 +43,42 @@ def test_as_many_tokens_are_not_the_same_tokens():
         check_same_vocabulary(student=student, teacher=teacher)
 
 
-def test_rows_of_logits_must_have_one_width():
-    check_same_width(student=make_llama(300, layers=1), teacher=make_llama(300, layers=2))
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def test_equal_widths_are_left_alone(tokenizer):
+    student, teacher = make_llama(1280, layers=1), make_llama(1280, layers=2)
+    before = student(IDS).logits
+    assert align_widths(student=student, teacher=teacher, tokenizer=tokenizer) == ""
+    assert torch.equal(student(IDS).logits, before) and before.shape[-1] == 1280
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("wide", ["student", "teacher"])
+def test_padding_is_left_out_of_the_wider_one(tokenizer, wide, tied):
+    widths = {"student": len(tokenizer), "teacher": len(tokenizer)} | {wide: 1280}
+    models = {name: make_llama(width, layers=1, tied=tied) for name, width in widths.items()}
+    other = "teacher" if wide == "student" else "student"
+    before = {name: model(IDS).logits for name, model in models.items()}
+    assert align_widths(**models, tokenizer=tokenizer) == (
+        f"the {wide} has 1,280 logits a token and the {other} {len(tokenizer)}: the last {1280 - len(tokenizer)} stand "
+        "for no token and are left out"
+    )
+    after = {name: model(IDS).logits for name, model in models.items()}
+    assert torch.equal(after[other], before[other])
+    masked = before[wide].clone()
+    masked[..., len(tokenizer) :] = -torch.inf
+    expected = masked.log_softmax(-1)[..., : len(tokenizer)]
+    torch.testing.assert_close(after[wide].log_softmax(-1), expected)
+    assert models[wide].config.vocab_size == len(tokenizer)
+
+
+@pytest.mark.parametrize("narrow", ["student", "teacher"])
+def test_a_model_without_a_logit_for_some_token_is_refused(tokenizer, narrow):
+    models = {name: make_llama(280 if name == narrow else len(tokenizer), layers=1) for name in ("student", "teacher")}
     with pytest.raises(InputError) as caught:
-        check_same_width(student=make_llama(300, layers=1), teacher=make_llama(1280, layers=1))
+        align_widths(**models, tokenizer=tokenizer)
     assert str(caught.value) == (
-        "the student has 300 logits a token and the teacher 1,280; "
-        "resize one with resize_token_embeddings so that both are equal"
+        f"the {narrow} has 280 logits a token, and the tokenizer's ids go up to {len(tokenizer) - 1}; "
+        f"choose a {narrow} made for this tokenizer"
     )

@@ -12,7 +12,18 @@ from typing import Any
 from abkd.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool")
-FORMATS = '{"prompt", "completion"}, {"messages"} or {"instruction", "input", "output"}'
+FORMATS = '{"prompt", "completion"}, {"messages"}, {"instruction", "input", "output"} or {"question", "answer"}'
+INPUTS, OUTPUTS = ("input", "context"), ("output", "response")  # Alpaca, Self-Instruct, Super-NI; Dolly
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+"""The prompts of Alpaca (Taori et al., 2023), which the ABKD paper trains and evaluates with."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,10 @@ class Instruction:
     completion: str
     origin: str
     """`file:line`, for messages about the row."""
+    input: str = ""
+    """What the instruction is applied to, where the row has it apart; the last message ends with it as well."""
+    references: tuple[str, ...] = ()
+    """Further right answers, the completion first; empty where the completion is the only one."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class Example:
     question: str
     """The last message of the prompt, without the template: for people."""
     completion: str
+    references: tuple[str, ...] = ()
+    """All right answers; empty where the completion is the only one."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +71,17 @@ class EncodingCounts:
 def read_instructions(path: Path, field: str) -> list[Instruction]:
     """Every row of a JSONL file (`.jsonl`, or `.jsonl.gz`).
 
-    Rows are prompt-completion (`prompt` and `completion`, both text or both lists of messages),
-    conversations (`messages`; the last one, an assistant's, is the completion), or `instruction`,
-    optional `input`, `output`. Other keys are ignored.
+    Rows are conversations (`messages`; the last one, an assistant's, is the completion), `instruction`, optional
+    `input` (or `context`) and `output` (or `response`; a list holds several right answers, the first is learnt),
+    `instruction` and `instances` of input and output, `question` and `answer`, or prompt-completion (`prompt` and
+    `completion`, both text or both lists of messages). Other keys are ignored.
 
     Raises:
         InputError: the file is missing or empty, or a row is malformed: with file, line and field.
     """
     if not path.is_file():
         raise InputError(f"{field}: there is no file {str(path)!r}; give a JSONL file")
-    instructions = [_parse(line, f"{path}:{number}") for number, line in _lines(path, field) if line]
+    instructions = [row for number, line in _lines(path, field) if line for row in _parse(line, f"{path}:{number}")]
     if not instructions:
         raise InputError(f"{field}: {path} is empty; it must hold one JSON object a line: {FORMATS}")
     return instructions
@@ -95,7 +113,8 @@ def encode(
     """Token ids of every instruction; prompt and completion are tokenised apart, as when generating.
 
     Args:
-        prompt_format: `chat` applies the tokenizer's chat template; `plain` joins the texts as they are.
+        prompt_format: `chat` applies the tokenizer's chat template; `alpaca` the template `ALPACA`; `plain` joins
+            the texts as they are.
         max_prompt_tokens: a longer prompt is refused, or its row dropped: see `long_prompts`.
         max_tokens: of prompt and completion together; a longer completion is cut, end token included.
         long_prompts: `refuse` or `drop`.
@@ -132,6 +151,7 @@ def encode(
             prompt=prompt,
             question=row.prompt[-1]["content"],
             completion=row.completion,
+            references=row.references,
         )
         examples.append(example)
     if not examples:
@@ -140,23 +160,28 @@ def encode(
     return examples, EncodingCounts(len(examples), num_tokens, num_dropped, num_cut)
 
 
-def prompt_text(prompt: Sequence[dict[str, str]], tokenizer: Any, prompt_format: str) -> str:
+def prompt_text(row: Instruction, tokenizer: Any, prompt_format: str) -> str:
     """What a model reads before it answers."""
     if prompt_format == "chat":
-        return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    return "".join(message["content"] for message in prompt)
+        return tokenizer.apply_chat_template(list(row.prompt), tokenize=False, add_generation_prompt=True)
+    if len(row.prompt) > 1:
+        raise InputError(f"{row.origin}: a conversation needs data.prompt_format=chat")
+    question = row.prompt[0]["content"]
+    if prompt_format == "plain":
+        return question
+    if not row.input:
+        return ALPACA.format(instruction=question)
+    return ALPACA_WITH_INPUT.format(instruction=question.removesuffix(f"\n\n{row.input}"), input=row.input)
 
 
 def _as_text(row: Instruction, tokenizer: Any, prompt_format: str) -> tuple[str, str]:
-    if prompt_format == "plain":
-        if len(row.prompt) > 1:
-            raise InputError(f"{row.origin}: a conversation needs data.prompt_format=chat")
-        return prompt_text(row.prompt, tokenizer, prompt_format), row.completion
+    if prompt_format != "chat":
+        return prompt_text(row, tokenizer, prompt_format), row.completion
     from jinja2 import TemplateError
 
     messages = [*row.prompt, {"role": "assistant", "content": row.completion}]
     try:
-        prompt = prompt_text(row.prompt, tokenizer, prompt_format)
+        prompt = prompt_text(row, tokenizer, prompt_format)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
     except TemplateError as error:
         raise InputError(
@@ -191,7 +216,7 @@ def _lines(path: Path, field: str) -> Iterator[tuple[int, str]]:
         raise InputError(f"{field}: {path} cannot be read after line {number} ({error}); copy it again") from None
 
 
-def _parse(line: str, origin: str) -> Instruction:
+def _parse(line: str, origin: str) -> list[Instruction]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -203,25 +228,56 @@ def _parse(line: str, origin: str) -> Instruction:
         messages = _messages(row, "messages", origin)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise InputError(f"{origin}: field 'messages' must end with an assistant's message after a user's")
-        return Instruction(tuple(messages[:-1]), _not_empty(messages[-1]["content"], "messages", origin), origin)
-    if "prompt" in row:
-        if isinstance(row["prompt"], list):
-            completion = _messages(row, "completion", origin)
-            if len(completion) != 1 or completion[0]["role"] != "assistant":
-                raise InputError(f"{origin}: field 'completion' must be one assistant's message, as 'prompt' is a list")
-            answer = _not_empty(completion[0]["content"], "completion", origin)
-            return Instruction(tuple(_messages(row, "prompt", origin)), answer, origin)
-        return _single(_text(row, "prompt", origin), _text(row, "completion", origin), origin)
+        return [Instruction(tuple(messages[:-1]), _not_empty(messages[-1]["content"], "messages", origin), origin)]
+    if "prompt" in row and ("completion" in row or "instruction" not in row):
+        return [_prompt_completion(row, origin)]
     if "instruction" in row:
-        question = _text(row, "instruction", origin)
-        if row.get("input"):
-            question = f"{question}\n\n{_text(row, 'input', origin)}"
-        return _single(question, _text(row, "output", origin), origin)
+        instruction = _text(row, "instruction", origin)
+        return [_task(instruction, *each) for each in _instances(row, origin)]
+    if "question" in row:
+        return [_single(_text(row, "question", origin), _text(row, "answer", origin), origin)]
     raise InputError(f"{origin}: has the fields {sorted(row)}; needs {FORMATS}")
+
+
+def _prompt_completion(row: dict, origin: str) -> Instruction:
+    if not isinstance(row["prompt"], list):
+        return _single(_text(row, "prompt", origin), _text(row, "completion", origin), origin)
+    completion = _messages(row, "completion", origin)
+    if len(completion) != 1 or completion[0]["role"] != "assistant":
+        raise InputError(f"{origin}: field 'completion' must be one assistant's message, as 'prompt' is a list")
+    answer = _not_empty(completion[0]["content"], "completion", origin)
+    return Instruction(tuple(_messages(row, "prompt", origin)), answer, origin)
 
 
 def _single(prompt: str, completion: str, origin: str) -> Instruction:
     return Instruction(({"role": "user", "content": prompt},), completion, origin)
+
+
+def _instances(row: dict, origin: str) -> Iterator[tuple[dict, str]]:
+    """The pairs of input and output of an instruction, and where each stands."""
+    if "instances" not in row:
+        yield row, origin
+        return
+    instances = row["instances"]
+    if not isinstance(instances, list) or not instances or not all(isinstance(each, dict) for each in instances):
+        raise InputError(f"{origin}: field 'instances' must be a list of {{'input', 'output'}}, one at least")
+    for index, each in enumerate(instances):
+        yield each, f"{origin}: instances[{index}]"
+
+
+def _task(instruction: str, row: dict, origin: str) -> Instruction:
+    given = next((name for name in INPUTS if row.get(name)), None)
+    text = _text(row, given, origin) if given else ""
+    answer = next((name for name in OUTPUTS if name in row), OUTPUTS[0])
+    several = row.get(answer)
+    if not isinstance(several, list):
+        several = [_text(row, answer, origin)]
+    elif not several:
+        raise InputError(f"{origin}: field {answer!r} is an empty list; give it a right answer or remove the row")
+    answers = [_text({answer: each}, answer, origin) for each in several]
+    question = f"{instruction}\n\n{text}" if text else instruction
+    message = {"role": "user", "content": question}
+    return Instruction((message,), answers[0], origin, text, tuple(answers) if len(answers) > 1 else ())
 
 
 def _text(row: dict, field: str, origin: str) -> str:

@@ -1,6 +1,7 @@
 """Students made out of their teacher."""
 
 import copy
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -8,28 +9,26 @@ from transformers import PreTrainedModel
 from abkd.errors import InputError
 
 
-def shrink(teacher: PreTrainedModel, keep_layers: int) -> PreTrainedModel:
-    """The teacher's architecture with `keep_layers` of its layers, evenly spaced, weights copied.
-
-    The first and the last layer are kept where `keep_layers` >= 2. A tied head stays tied.
+def shrink(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+    """The teacher's architecture with some of its layers, weights copied. A tied head stays tied.
 
     Args:
         teacher: a decoder of one stack of alike layers (Llama, GPT-2, Qwen, Mistral, Gemma, ...).
-        keep_layers: 1 to the teacher's number of layers.
+        layers: which, by number, the first is 0; or how many, evenly spaced, first and last included where 2 or more.
 
     Returns:
         A new model in the teacher's dtype that shares no storage with it, in evaluation mode.
     """
-    path, layers = _layer_stack(teacher)
-    if not 1 <= keep_layers <= len(layers):
+    path, stack = _layer_stack(teacher)
+    kept = kept_layers(len(stack), layers) if isinstance(layers, int) else list(layers)
+    if not kept or max(kept) >= len(stack) or min(kept) < 0 or kept != sorted(set(kept)):
         raise InputError(
-            f"student.keep_layers={keep_layers}: the teacher has {len(layers)} layers; use 1 to {len(layers)}"
+            f"student.layers={kept}: must rise, between 0 and {len(stack) - 1}, as the teacher has {len(stack)} layers"
         )
-    kept = kept_layers(len(layers), keep_layers)
     config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = keep_layers
+    config.num_hidden_layers = len(kept)
     for name, value in list(vars(config).items()):  # layer_types and its like say something of each layer
-        if "layer" in name and isinstance(value, list) and len(value) == len(layers):
+        if "layer" in name and isinstance(value, list) and len(value) == len(stack):
             setattr(config, name, [value[index] for index in kept])
     student = type(teacher)._from_config(config, dtype=teacher.dtype)  # .to(dtype) would round the rotary frequencies
     renamed = {f"{path}.{source}.": f"{path}.{target}." for target, source in enumerate(kept)}
@@ -48,6 +47,8 @@ def shrink(teacher: PreTrainedModel, keep_layers: int) -> PreTrainedModel:
 
 def kept_layers(num_layers: int, keep: int) -> list[int]:
     """`keep` evenly spaced indices out of `num_layers`, first and last included; the first alone for 1."""
+    if not 1 <= keep <= num_layers:
+        raise InputError(f"student.keep_layers={keep}: the teacher has {num_layers} layers; use 1 to {num_layers}")
     return [round(index * (num_layers - 1) / max(keep - 1, 1)) for index in range(keep)]
 
 

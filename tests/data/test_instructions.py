@@ -9,7 +9,7 @@ from conftest import make_tokenizer
 from abkd.data.instructions import EncodingCounts, Instruction, encode, hold_out, read_instructions
 from abkd.errors import InputError
 
-FORMATS = '{"prompt", "completion"}, {"messages"} or {"instruction", "input", "output"}'
+FORMATS = '{"prompt", "completion"}, {"messages"}, {"instruction", "input", "output"} or {"question", "answer"}'
 GOOD = {"prompt": "a", "completion": "b"}
 OPTIONS = {"prompt_format": "chat", "max_prompt_tokens": 64, "max_tokens": 128, "long_prompts": "refuse"}
 
@@ -52,7 +52,17 @@ ROWS = {
         "d",
     ),
     "instruction": ({"instruction": "a", "output": "b"}, (user("a"),), "b"),
-    "instruction and input": ({"instruction": "a", "input": "c", "output": "b"}, (user("a\n\nc"),), "b"),
+    "instruction and input": ({"instruction": "a", "input": "c", "output": "b"}, (user("a\n\nc"),), "b", "c"),
+    "Dolly": ({"instruction": "a", "context": "c", "response": "b", "category": "x"}, (user("a\n\nc"),), "b", "c"),
+    "MiniLLM": (
+        {"prompt": "Below is a", "instruction": "a", "input": "c", "output": "b", "topic": "x"},
+        (user("a\n\nc"),),
+        "b",
+        "c",
+    ),
+    "several answers": ({"instruction": "a", "output": ["b", "d"]}, (user("a"),), "b", "", ("b", "d")),
+    "one answer in a list": ({"instruction": "a", "output": ["b"]}, (user("a"),), "b"),
+    "question and answer": ({"question": "a", "answer": "b"}, (user("a"),), "b"),
     "instruction and empty input": ({"instruction": "a", "input": "", "output": "b"}, (user("a"),), "b"),
     "spaces kept": ({"prompt": " a\n", "completion": "b\u2028c "}, (user(" a\n"),), "b\u2028c "),
 }
@@ -60,9 +70,18 @@ ROWS = {
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_a_row_becomes_a_prompt_and_a_completion(tmp_path, kind):
-    row, prompt, completion = ROWS[kind]
+    row, prompt, completion, *more = ROWS[kind]
     file = write(tmp_path, row)
-    assert read_instructions(file, "data.train") == [Instruction(prompt, completion, f"{file}:1")]
+    assert read_instructions(file, "data.train") == [Instruction(prompt, completion, f"{file}:1", *more)]
+
+
+def test_every_instance_of_an_instruction_is_a_row(tmp_path):
+    instances = [{"input": "c", "output": "b"}, {"input": "", "output": "d"}]
+    file = write(tmp_path, {"instruction": "a", "instances": instances})
+    assert read_instructions(file, "data.train") == [
+        Instruction((user("a\n\nc"),), "b", f"{file}:1: instances[0]", "c"),
+        Instruction((user("a"),), "d", f"{file}:1: instances[1]"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
@@ -83,7 +102,24 @@ MALFORMED = {
     "two objects": (b"{} {}", f"not valid JSON (Extra data, column 4); one object a line: {FORMATS}"),
     "a list": (["a"], f"must be a JSON object, is list: {FORMATS}"),
     "text": ("a", f"must be a JSON object, is str: {FORMATS}"),
-    "no known field": ({"question": 1, "answer": 2}, f"has the fields ['answer', 'question']; needs {FORMATS}"),
+    "no known field": ({"text": 1, "label": 2}, f"has the fields ['label', 'text']; needs {FORMATS}"),
+    "no answer": ({"question": "a"}, "field 'answer' is missing; add it as text"),
+    "no right answer": (
+        {"instruction": "a", "output": []},
+        "field 'output' is an empty list; give it a right answer or remove the row",
+    ),
+    "an empty right answer": (
+        {"instruction": "a", "output": ["b", ""]},
+        "field 'output' is empty; fill it or remove the row",
+    ),
+    "no instances": (
+        {"instruction": "a", "instances": []},
+        "field 'instances' must be a list of {'input', 'output'}, one at least",
+    ),
+    "an instance without an output": (
+        {"instruction": "a", "instances": [{"input": "", "output": "b"}, {"input": "c"}]},
+        "instances[1]: field 'output' is missing; add it as text",
+    ),
     "no completion": ({"prompt": "a"}, "field 'completion' is missing; add it as text"),
     "no output": ({"instruction": "a"}, "field 'output' is missing; add it as text"),
     "a number": ({"prompt": 1, "completion": "b"}, "field 'prompt' must be text, is int"),
@@ -230,6 +266,30 @@ def test_a_plain_prompt_is_the_text_itself(tokenizer):
     assert example.prompt == "The cat likes"
     assert example.prompt_ids == ids(tokenizer, "The cat likes")
     assert example.completion_ids == (*ids(tokenizer, " milk."), tokenizer.eos_token_id)
+
+
+def test_alpaca_writes_instruction_and_input_under_their_headings():
+    tokenizer = make_tokenizer()
+    rows = [
+        Instruction((user("Sum up.\n\nThe cat."),), "Cat.", "f:1", "The cat.", ("Cat.", "A cat.")),
+        Instruction((user("Why?"),), "So.", "f:2"),
+    ]
+    with_input, without = encode(rows, tokenizer, **OPTIONS | {"prompt_format": "alpaca", "max_prompt_tokens": 300,
+                                                               "max_tokens": 400})[0]  # fmt: skip
+    assert with_input.prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nSum up.\n\n### Input:\nThe cat.\n\n"
+        "### Response:\n"
+    )
+    assert without.prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nWhy?\n\n### Response:\n"
+    )
+    assert tokenizer.decode(with_input.prompt_ids) == with_input.prompt
+    assert (with_input.references, without.references) == (("Cat.", "A cat."), ())
+    conversation = Instruction((user("a"), assistant("b"), user("c")), "d", "f:3")
+    with pytest.raises(InputError, match=r"^f:3: a conversation needs data\.prompt_format=chat$"):
+        encode([conversation], tokenizer, **OPTIONS | {"prompt_format": "alpaca"})
 
 
 @pytest.mark.parametrize("prompt_format", ["chat", "plain"])

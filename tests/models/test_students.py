@@ -176,6 +176,22 @@ def test_a_number_of_layers_that_is_not_there_is_refused(keep_layers):
     assert str(caught.value) == f"student.keep_layers={keep_layers}: the teacher has 4 layers; use 1 to 4"
 
 
+def test_layers_can_be_named():
+    teacher = make_llama(VOCAB)
+    student = shrink(teacher, [0, 1, 3])
+    assert student.config.num_hidden_layers == 3
+    for ours, theirs in enumerate([0, 1, 3]):
+        source = teacher.model.layers[theirs].state_dict()
+        assert all(torch.equal(x, source[name]) for name, x in student.model.layers[ours].state_dict().items())
+
+
+@pytest.mark.parametrize("layers", [[], [0, 4], [-1, 2], [2, 1], [1, 1]])
+def test_layers_that_are_not_there_or_do_not_rise_are_refused(layers):
+    with pytest.raises(InputError) as caught:
+        shrink(make_llama(VOCAB), layers)
+    assert str(caught.value) == (f"student.layers={layers}: must rise, between 0 and 3, as the teacher has 4 layers")
+
+
 def test_a_model_of_two_stacks_is_refused():
     config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     with pytest.raises(InputError) as caught:
