@@ -110,7 +110,7 @@ def _train(options: argparse.Namespace) -> int:
     results = train(recipe, inputs, _say)
     if results is None:
         return _interrupted(recipe.run_dir)
-    print_table({"teacher": results["teacher"], "before": results["before"], "after": results["after"]})
+    print_table({name: results[name] for name in ("teacher", "before", "after") if name in results})
     run_dir = RunDir(Path(recipe.run_dir))
     _say(f"the student is in {run_dir.student}, all figures are in {run_dir.path}")
     return DONE

@@ -318,7 +318,7 @@ class Data(Section):
 
 class Objective(Section):
     divergence: Divergence | None = None
-    """Of the teacher's row from the student's. Either this or calibration."""
+    """Of the teacher's row from the student's. Either this or calibration; neither where kd_weight is 0."""
     temperature: Positive = 1.0
     """Divides the logits of both before the divergence."""
     teacher_temperature: Positive | None = None
@@ -336,7 +336,8 @@ class Objective(Section):
 
     @model_validator(mode="after")
     def _one_comparison(self):
-        if (self.divergence is None) == (self.calibration is None):
+        needs_none = self.kd_weight == 0 and self.divergence is None and self.calibration is None
+        if not needs_none and (self.divergence is None) == (self.calibration is None):
             found = "neither is set" if self.divergence is None else "both are; drop one with objective.divergence=null"
             raise ValueError(f"set exactly one of divergence and calibration, {found}")
         if self.calibration is not None:
@@ -419,7 +420,8 @@ class Evaluation(Section):
 
 class Recipe(Section):
     task: Literal["language_model"]
-    teacher: InProcess
+    teacher: InProcess | None = None
+    """None for supervised fine-tuning: a pretrained student, objective.kd_weight=0 and objective.ce_weight=1."""
     student: Student
     data: Data
     objective: Objective
@@ -429,6 +431,19 @@ class Recipe(Section):
     """A new folder; an existing one is never written over."""
     resume: bool = False
     """Go on with the run in run_dir from its last whole checkpoint."""
+
+    @model_validator(mode="after")
+    def _a_teacher_where_one_is_needed(self):
+        if self.teacher is None and self.objective.kd_weight > 0:
+            raise ValueError(
+                "there is no teacher; set teacher.path=PATH, or for supervised fine-tuning objective.kd_weight=0 "
+                "objective.ce_weight=1"
+            )
+        if self.teacher is None and self.student.kind == "shrink":
+            raise ValueError(
+                "student.kind=shrink needs a teacher to shrink; set teacher.path, or student.kind=pretrained"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe under the keys of a recipe file; `parse_recipe` reads it back to an equal one."""

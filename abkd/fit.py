@@ -35,7 +35,7 @@ def _savings(recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Overrides that save memory and change little else, the mildest first."""
     if recipe.training.logits == "dense":
         yield {"training.logits": "auto"}
-    if recipe.teacher.dtype == "float32":
+    if recipe.teacher and recipe.teacher.dtype == "float32":
         yield {"teacher.dtype": "bfloat16"}
     size, accumulation = recipe.training.batch_size, recipe.training.accumulation
     if not recipe.training.activation_checkpointing:

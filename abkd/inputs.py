@@ -29,7 +29,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
         _check_resumable(recipe, run_dir)
     else:
         run_dir.check_new()
-    named = {"teacher.path": recipe.teacher.path}
+    named = {"teacher.path": recipe.teacher.path} if recipe.teacher else {}
     if recipe.student.kind == "pretrained":
         named["student.path"] = recipe.student.path
     models = []

@@ -20,7 +20,7 @@ from abkd.analysis.mass import RankMassMeter
 from abkd.calibrations import CALIBRATIONS, Calibration, Plain
 from abkd.data.batches import Collator, batches_by_length, num_tokens
 from abkd.data.instructions import EncodingCounts, Example, encode
-from abkd.divergences import KINDS, AlphaBetaSchedule, Divergence, Ramp
+from abkd.divergences import KINDS, AlphaBeta, AlphaBetaSchedule, Divergence, Ramp
 from abkd.errors import InputError
 from abkd.evaluation.fidelity import fidelity
 from abkd.evaluation.rouge import rouge_l
@@ -51,7 +51,7 @@ Say = Callable[[str], None]
 class Setup:
     """What runs of one teacher on one data set share."""
 
-    teacher: InProcessTeacher
+    teacher: InProcessTeacher | None
     tokenizer: PreTrainedTokenizerBase
     train: list[Example]
     validation: list[Example]
@@ -90,8 +90,9 @@ def step_memory_of(recipe: config.Recipe, train: Sequence[Example] = ()) -> Step
     completions = sorted(len(example.completion_ids) for example in train)[-size:] or lengths
     objective = make_objective(recipe.objective).at(1.0)
 
-    def make_models() -> tuple[PreTrainedModel, PreTrainedModel]:
-        teacher = load_skeleton(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
+    def make_models() -> tuple[PreTrainedModel, PreTrainedModel | None]:
+        named = recipe.teacher
+        teacher = named and load_skeleton(named.path, "teacher.path", named.dtype)
         match recipe.student:
             case config.Shrink() as section:
                 student = shrink(teacher, section.layers or section.keep_layers).float()
@@ -123,7 +124,11 @@ def step_memory_of(recipe: config.Recipe, train: Sequence[Example] = ()) -> Step
 
 def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = False) -> Setup:
     """Loads the teacher and tokenises the data; `to_train`: says first what memory a training step needs."""
-    tokenizer = load_tokenizer(recipe.teacher.path, "teacher.path")
+    if recipe.teacher is not None:
+        tokenizer = load_tokenizer(recipe.teacher.path, "teacher.path")
+    else:
+        assert isinstance(recipe.student, config.Pretrained)
+        tokenizer = load_tokenizer(recipe.student.path, "student.path")
     options = recipe.data.model_dump(include={"prompt_format", "max_prompt_tokens", "max_tokens", "long_prompts"})
     train, train_counts = encode(inputs.train, tokenizer, **options)
     validation, validation_counts = encode(inputs.validation, tokenizer, **options, first_id=len(train))
@@ -131,6 +136,8 @@ def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = Fa
     say(f"validation: {_describe(validation_counts)}")
     if to_train:
         say_memory(recipe, say, train)
+    if recipe.teacher is None:
+        return Setup(None, tokenizer, train, validation)
     say(f"loading the teacher {recipe.teacher.path}")
     model = load_model(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
     return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation)
@@ -139,13 +146,15 @@ def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = Fa
 def make_student(recipe: config.Recipe, setup: Setup, say: Say) -> PreTrainedModel:
     """The student before training, with the teacher's vocabulary: refused, or the wider of the two cut, if not."""
     set_seed(recipe.training.seed)
+    teacher = setup.teacher and setup.teacher.model
     match recipe.student:
         case config.Shrink() as section:
-            student = shrink(setup.teacher.model, section.layers or section.keep_layers).float()
+            student = shrink(teacher, section.layers or section.keep_layers).float()
         case config.Pretrained(path=path):
-            check_same_vocabulary(student=load_tokenizer(path, "student.path"), teacher=setup.tokenizer)
+            if teacher is not None:
+                check_same_vocabulary(student=load_tokenizer(path, "student.path"), teacher=setup.tokenizer)
             student = load_model(path, "student.path")
-    if line := align_widths(student=student, teacher=setup.teacher.model, tokenizer=setup.tokenizer):
+    if teacher is not None and (line := align_widths(student=student, teacher=teacher, tokenizer=setup.tokenizer)):
         say(line)
     _freeze(student, recipe.student)
     return student
@@ -165,7 +174,8 @@ def make_calibration(section: config.Objective) -> Calibration:
     if section.divergence is not None:
         temperatures = section.model_dump(include=set(config.TEMPERATURES))
         return Plain(make_divergence(section.divergence), **temperatures)
-    assert section.calibration is not None
+    if section.calibration is None:
+        return Plain(AlphaBeta())  # kd_weight is 0: it is not computed
     parameters = {name: value for name, value in section.calibration if name != "kind"}
     if "divergence" in parameters:
         parameters["divergence"] = make_divergence(parameters["divergence"])
@@ -250,7 +260,8 @@ def distil(
     stop, bar = StopOnInterrupt(say), ProgressBar(run_dir.path.name)
     trainer = make_trainer(recipe, setup, student, run_dir, [stop, bar])
     say(trainer.how_logits)
-    setup.teacher.model.to(trainer.args.device)
+    if setup.teacher is not None:
+        setup.teacher.model.to(trainer.args.device)
     measured = measured or run_dir.read_json(BEFORE) or measure_before(recipe, setup, student)
     run_dir.write_json(BEFORE, measured)
     started = time.monotonic()
@@ -266,8 +277,8 @@ def distil(
         _save_student(student, setup.tokenizer, run_dir)
     results = measured | {
         "after": measure(recipe, setup, student),
-        "calibration": str(trainer.objective.calibration),
-        "divergence": str(trainer.objective.divergence),
+        "calibration": str(trainer.objective.calibration) if trainer.objective.kd_weight > 0 else None,
+        "divergence": str(trainer.objective.divergence) if trainer.objective.kd_weight > 0 else None,
         "num_steps": run_dir.last_step(),
         "training_s": None if recipe.resume else round(seconds, 1),
     }
@@ -298,26 +309,25 @@ def _train_from_last_checkpoint(trainer: DistillationTrainer, run_dir: RunDir, s
 
 
 def measure_before(recipe: config.Recipe, setup: Setup, student: PreTrainedModel) -> dict[str, Any]:
-    """What `measure` says of the teacher and of the untrained student."""
-    return {
-        "teacher": measure(recipe, setup, setup.teacher.model),
-        "before": measure(recipe, setup, student),
-    }
+    """What `measure` says of the teacher, if there is one, and of the untrained student."""
+    teacher = {"teacher": measure(recipe, setup, setup.teacher.model)} if setup.teacher else {}
+    return teacher | {"before": measure(recipe, setup, student)}
 
 
 def measure(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
     """Fidelity to the teacher on the validation data, and answers with their ROUGE-L if asked for.
 
-    The keys are those of `fidelity`, `rank_mass`, `num_parameters`, and with answers `rouge_l` and `answers`.
+    Keys: those of `fidelity`, `num_parameters`, with a teacher `rank_mass`, with answers `rouge_l` and `answers`.
     """
     meter = RankMassMeter()
     size = recipe.evaluation.batch_size
     batches = batches_by_length(setup.validation, Collator.of(setup.tokenizer), size)
     num_batches = -(-len(setup.validation) // size)
     bar = tqdm(batches, total=num_batches, desc="measuring", unit="batch", leave=False)
+    teacher_logits = None if setup.teacher is None else setup.teacher.logits
     result: dict[str, Any] = {
-        **fidelity(model, setup.teacher.logits, bar, VALIDATION_DIVERGENCES, per_token=meter),
-        "rank_mass": meter.result()._asdict(),
+        **fidelity(model, teacher_logits, bar, VALIDATION_DIVERGENCES, per_token=meter),
+        **({"rank_mass": meter.result()._asdict()} if setup.teacher else {}),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     asked = setup.validation[: recipe.evaluation.num_generated]

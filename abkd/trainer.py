@@ -35,7 +35,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: a causal language model; what is to stay fixed has `requires_grad=False`.
-        teacher: gives the logits at the completion tokens; not trained, not saved.
+        teacher: gives the logits at the completion tokens; not trained, not saved. None where kd_weight is 0.
         objective: calibration and divergence, weights.
         train_examples, validation_examples: tokenised instructions.
         tokenizer: pads the batches, and is saved beside the student.
@@ -56,7 +56,7 @@ class DistillationTrainer(Trainer):
         *,
         model: PreTrainedModel,
         args: TrainingArguments,
-        teacher: InProcessTeacher,
+        teacher: InProcessTeacher | None,
         objective: Objective,
         train_examples: Sequence[Example],
         validation_examples: Sequence[Example],
@@ -69,6 +69,8 @@ class DistillationTrainer(Trainer):
             raise InputError(
                 f"{args.n_gpu} GPUs in one process are not supported; use torchrun, or CUDA_VISIBLE_DEVICES=0"
             )
+        if teacher is None and objective.kd_weight > 0:
+            raise InputError("teacher is None, and the objective's kd_weight is above 0; give one, or set kd_weight=0")
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False
         super().__init__(
@@ -105,14 +107,14 @@ class DistillationTrainer(Trainer):
             "labels": labels[:, 1:][mask],
             "num_tokens": mask.sum() if num_items_in_batch is None else num_items_in_batch,
         }
-        if self.fused:
+        if self.fused and self.teacher is not None:
             targets = self.teacher.targets(**batch, example_ids=example_ids)
             hidden = completion_hidden(model, **batch)
             head = LMHead.read(model)  # after the forward: a wrapper may have put another weight there
             loss = objective.linear(student_hidden=hidden, student_head=head, targets=targets, **counted)
         else:
             teacher_logits = None
-            if self.objective.kd_weight > 0:
+            if self.teacher is not None and self.objective.kd_weight > 0:
                 teacher_logits = self.teacher.logits(**batch, example_ids=example_ids).to(labels.device)
             loss = objective(student_logits=completion_logits(model, **batch), teacher_logits=teacher_logits, **counted)
         if not torch.isfinite(loss.total):
@@ -140,10 +142,11 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "validation"
     ) -> dict[str, float]:
-        """`fidelity` to the teacher on the validation examples, logged under `validation_...`."""
+        """`fidelity` to the teacher, if any, on the validation examples, logged under `validation_...`."""
         examples = self.eval_dataset if eval_dataset is None else eval_dataset
         batches = batches_by_length(examples, self.data_collator, self.args.per_device_eval_batch_size)
-        measured = fidelity(self.model, self.teacher.logits, batches, VALIDATION_DIVERGENCES)
+        teacher_logits = None if self.teacher is None else self.teacher.logits
+        measured = fidelity(self.model, teacher_logits, batches, VALIDATION_DIVERGENCES)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -232,6 +232,28 @@ def test_a_student_of_another_width_loses_its_padding_and_says_so(recipe_file, t
     assert trained.get_output_embeddings().weight.shape[0] == trained.config.vocab_size == len(tokenizer)
 
 
+def test_supervised_fine_tuning_is_train_without_a_teacher(recipe_file, tokenizer, tmp_path):
+    make_llama(len(tokenizer), layers=1, seed=5).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    fine_tuning = [
+        "teacher=null", "objective={kd_weight: 0, ce_weight: 1}", "training.learning_rate=0.01", "training.num_steps=8",
+        f"student={{kind: pretrained, path: {tmp_path / 'small'}}}", "evaluation.num_generated=2",
+    ]  # fmt: skip
+    done = abkd("train", recipe_file, *fine_tuning)
+    assert done.code == 0, done.err
+    assert "loading the teacher" not in done.out and "next-token" in done.out and "forward KL" not in done.out
+    found = results(tmp_path / "run")
+    assert "teacher" not in found and found["divergence"] is None and "rank_mass" not in found["after"]
+    assert found["after"]["next_token_loss"] < 0.8 * found["before"]["next_token_loss"]
+    assert len(found["after"]["answers"]) == 2 and "token_agreement" not in found["after"]
+    first = metrics(tmp_path / "run")[0]
+    assert first["ce"] == pytest.approx(first["loss"], rel=1e-5) and first["kd"] == 0
+    again = abkd("eval", tmp_path / "run", "--json")
+    assert again.code == 0, again.err
+    measured = json.loads(again.out)["student"]
+    assert measured["next_token_loss"] == pytest.approx(found["after"]["next_token_loss"], rel=1e-5)
+
+
 def test_a_student_of_chosen_layers(recipe_file, teacher_folder, tmp_path):
     done = abkd("train", recipe_file, "student={kind: shrink, layers: [0, 1, 3]}")
     assert done.code == 0, done.err

@@ -86,6 +86,37 @@ def test_layers_are_named_or_counted(minimal_file, overrides, message):
     assert refusal(minimal_file, *overrides) == [f"student: {message}"]
 
 
+FINE_TUNING = ["objective.kd_weight=0", "objective.ce_weight=1"]
+
+
+def test_supervised_fine_tuning_has_no_teacher_and_no_divergence(minimal_file):
+    overrides = [*FINE_TUNING, "teacher=null", "student={kind: pretrained, path: /x}", "objective.divergence=null"]
+    recipe = read_recipe(str(minimal_file), overrides)
+    assert recipe.teacher is None and recipe.objective.divergence is None
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["teacher=null"],
+            "recipe: there is no teacher; set teacher.path=PATH, or for supervised fine-tuning objective.kd_weight=0 "
+            "objective.ce_weight=1",
+        ),
+        (
+            ["teacher=null", *FINE_TUNING],
+            "recipe: student.kind=shrink needs a teacher to shrink; set teacher.path, or student.kind=pretrained",
+        ),
+        (
+            ["objective.divergence=null"],
+            "objective: set exactly one of divergence and calibration, neither is set",
+        ),
+    ],
+)
+def test_what_lacks_a_teacher_or_a_divergence_is_refused(minimal_file, overrides, message):
+    assert refusal(minimal_file, *overrides) == [message]
+
+
 UNKNOWN_KEYS = {
     "objective.divergence.alpah=1": "did you mean 'alpha'? known here are alpha, beta, kind",
     "student.keep_layer=2": "did you mean 'keep_layers'? known here are freeze_embeddings, keep_layers, kind, layers",

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -29,19 +30,19 @@ def examples(count, tokenizer, seed=0):
     return made
 
 
-def make_trainer(tokenizer, folder, *, student=None, objective=None, count=8, callbacks=(), remember=False,
-                 grouped=False, logits="auto", **options):  # fmt: skip
+def make_trainer(tokenizer, folder, *, student=None, objective=None, teacher="a Llama", count=8, callbacks=(),
+                 remember=False, grouped=False, logits="auto", **options):  # fmt: skip
     arguments = {
         "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.1,
         "optim": "sgd",
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True, "report_to": "none", "logging_steps": 1,
         "save_strategy": "no", "disable_tqdm": True, "seed": 0,
     }  # fmt: skip
-    teacher = make_llama(len(tokenizer))
+    model = make_llama(len(tokenizer))
     trainer = DistillationTrainer(
-        model=shrink(teacher, 2) if student is None else student,
+        model=shrink(model, 2) if student is None else student,
         args=TrainingArguments(**(arguments | options)),
-        teacher=InProcessTeacher(teacher, remember=remember),
+        teacher=teacher and InProcessTeacher(model, remember=remember),
         objective=objective or Objective(AlphaBeta(), ce_weight=0.3),
         train_examples=examples(count, tokenizer),
         validation_examples=examples(3, tokenizer, seed=1),
@@ -115,6 +116,25 @@ def test_the_step_is_sgd_on_the_mean_over_the_counted_tokens(tokenizer, tmp_path
     assert logged["num_tokens"] == num_tokens
     assert float(logged["loss"]) == pytest.approx(total.item() / num_tokens, rel=1e-4)
     assert logged["kd"] == pytest.approx(total.item() / num_tokens, rel=1e-4)
+
+
+def test_without_a_teacher_the_step_is_sgd_on_the_models_own_loss(tokenizer, tmp_path):
+    student = make_llama(len(tokenizer), layers=2, seed=3)
+    with pytest.raises(InputError, match="teacher is None, and the objective's kd_weight is above 0"):
+        make_trainer(tokenizer, tmp_path, student=student, teacher=None)
+    trainer = make_trainer(
+        tokenizer, tmp_path, student=student, teacher=None, objective=Objective(kd_weight=0, ce_weight=1)
+    )
+    assert trainer.how_logits == "logits: dense, because of kd_weight=0"
+    expected = copy.deepcopy(trainer.model)
+    batch = trainer.data_collator(trainer.train_dataset)
+    batch.pop("example_ids")
+    expected(**batch).loss.backward()
+    for parameter in expected.parameters():
+        parameter.data -= 0.1 * parameter.grad
+    trainer.train()
+    torch.testing.assert_close(weights(trainer), torch.cat([p.detach().flatten() for p in expected.parameters()]))
+    assert set(trainer.evaluate()) - {"epoch"} == {"validation_next_token_loss", "validation_num_tokens"}
 
 
 def test_the_teacher_is_not_trained_and_a_frozen_head_stays(tokenizer, tmp_path):

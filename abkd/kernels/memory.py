@@ -68,19 +68,19 @@ class StepMemory:
         return f"{self.peak / 2**30:.2f} GiB at its peak ({described})"
 
 
-def step_memory(make_models: Callable[[], tuple[nn.Module, nn.Module]], step: Step) -> StepMemory:
+def step_memory(make_models: Callable[[], tuple[nn.Module, nn.Module | None]], step: Step) -> StepMemory:
     """The memory of `step` with AdamW, once its moments exist, in one process without sharding.
 
     Args:
-        make_models: builds (student, teacher), causal language models of Hugging Face, on the CPU. It is called where
-            no tensor holds memory; a model is frozen, and its activations are checkpointed, as it says itself.
+        make_models: builds (student, teacher or None), causal language models of Hugging Face, on the CPU. It is called
+            where no tensor holds memory; a model is frozen, and its activations are checkpointed, as it says itself.
 
     Not counted: the libraries themselves (about half a GiB), batches that wait, the gradient buckets of DDP.
     """
     with FakeTensorMode(), torch.device("cpu"):
         student, teacher = make_models()
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        models = {"student": student, "teacher": teacher}
+        models = {"student": student, "teacher": teacher or nn.Identity()}
         weights = {name: _bytes([*model.parameters(), *model.buffers()]) for name, model in models.items()}
         optimizer = 2 * _bytes(trained)
         with LiveBytes() as live:
@@ -104,8 +104,10 @@ def _take(step: Step, student: Any, teacher: Any, live: "LiveBytes") -> tuple[in
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     fused = isinstance(step.loss, Divergence)
     with torch.autocast("cpu", dtype=step.autocast, enabled=step.autocast is not None):
-        with torch.no_grad():
-            targets = _rows(teacher, teacher.base_model(**inputs).last_hidden_state, step, fused)
+        targets = torch.empty(0)
+        if teacher is not None:
+            with torch.no_grad():
+                targets = _rows(teacher, teacher.base_model(**inputs).last_hidden_state, step, fused)
         before = live.now
         hidden = student.base_model(**inputs).last_hidden_state
         activations = live.now - before

@@ -69,6 +69,14 @@ def test_weights_moments_and_gradients(make):
     assert memory(make, accumulates=True).peak > found.peak
 
 
+def test_without_a_teacher_its_share_is_gone():
+    def alone():
+        return make_llama(VOCAB, layers=2).train(), None
+
+    found = step_memory(alone, Step(4, 32, 100, lambda student, teacher, labels: student.logsumexp(-1).mean()))
+    assert found.teacher == 0 and found.peak > found.student + found.optimizer + found.activations
+
+
 def test_a_frozen_head_has_no_gradient_and_an_untied_one_counts_twice():
     def freeze(student):
         student.get_input_embeddings().requires_grad_(False)
