@@ -288,8 +288,11 @@ def measure_one(job):
 
 
 def git_commit():
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=CSV.parent)
-    return done.stdout.strip() or "unknown"
+    """Of the code; the figures themselves may have grown since."""
+    git = ["git", "-C", str(CSV.parent.parent)]
+    commit = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "abkd", "benchmarks/*.py"], capture_output=True, text=True)
+    return (commit or "unknown") + ("-dirty" if changed.stdout else "")
 
 
 def check_the_tests_are_green(device):
@@ -367,22 +370,28 @@ def plot():
                 point = float(row["times_the_floor"]), float(row["extra_mib"])
                 axis.plot(*point, "os^D"[DIVERGENCES.index(divergence)], color=colour(methods, method), label=method)
         axis.set(title=f"N, H, V = {shape.replace('x', ', ')}", xlabel="time / four matrix products", yscale="log")
-        axis.set(xscale="log", ylabel="extra peak memory, MiB")
+        axis.set(ylabel="extra peak memory, MiB")
+        axis.set_xlim(left=0.9)
     for axis, name, fixed in ((axes[1][0], "tokens", "50304"), (axes[1][1], "vocab", "1024")):
         for method in methods:
             here = {
                 int(r[name]): float(r["extra_mib"]) for key, r in last.items()
                 if "x".join(key[:3]) in SCALING and fixed in key[:3] and key[3:] == (method, "forward_kl")
+                and float(r["extra_mib"]) > 0
             }  # fmt: skip
             if len(here) > 2:
                 axis.plot(*zip(*sorted(here.items()), strict=True), "o-", color=colour(methods, method), label=method)
         other = "V = 50,304" if name == "tokens" else "N = 1,024"
         axis.set(title=f"forward KL, H = 256, {other}", xlabel=name, xscale="log", yscale="log")
         axis.set(ylabel="extra peak memory, MiB")
+        axis.minorticks_off()
     axes[1][2].axis("off")
     handles = {h.get_label(): h for axis in axes.flat for h in axis.get_lines()}
     axes[1][2].legend(
-        handles.values(), handles.keys(), title="o α-β   s forward KL   ^ reverse KL   D JSD", loc="center"
+        handles.values(),
+        handles.keys(),
+        title="circle α-β, square forward KL,\ntriangle reverse KL, diamond JSD",
+        loc="center",
     )
     figure.savefig(CSV.with_suffix(".png"), dpi=80)
 
