@@ -18,11 +18,9 @@ from abkd.run import say_memory, step_memory_of
 CASES = {
     "llama": [],
     "gpt2": ["training.activation_checkpointing=true"],
-    "llama, dense": ["training.logits=dense"],
     "gpt2, dense": ["training.logits=dense"],
     "llama, bf16": ["training.precision=bf16"],
     "llama, jsd": ["objective.divergence={kind: jsd}", "training.accumulation=2"],
-    "llama, frozen": ["student.freeze_embeddings=true"],
 }
 
 
