@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from abkd.config import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.errors import InputError
+from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.rundir import RECIPE, RunDir
 
 QUICK = (
@@ -128,7 +128,7 @@ def _check(options: argparse.Namespace) -> int:
     _say("the recipe is valid; prompt lengths and vocabularies are checked when the tokenizer is loaded")
     _say("loading torch and transformers, for the memory that a step needs")
     _quieten_libraries()
-    from abkd.run import say_memory
+    from abkd.fit import say_memory
 
     say_memory(recipe, _say)
     return DONE
@@ -157,7 +157,8 @@ def _eval(options: argparse.Namespace) -> int:
     say("loading torch and transformers")
     _quieten_libraries()
     from abkd.analysis.table import print_table
-    from abkd.run import make_student, measure_before, prepare
+    from abkd.measures import measure_before
+    from abkd.setup import make_student, prepare
 
     setup = prepare(recipe, inputs, say)
     measured = measure_before(recipe, setup, make_student(recipe, setup, say))

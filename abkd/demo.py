@@ -9,10 +9,13 @@ from typing import Any
 from abkd.analysis.mass import RankMass
 from abkd.analysis.plots import draw_comparison
 from abkd.analysis.table import print_table
-from abkd.config import Recipe, parse_recipe
+from abkd.config import Recipe
 from abkd.inputs import Inputs
-from abkd.run import Say, distil, make_student, measure_before, prepare
+from abkd.measures import measure_before
+from abkd.recipe import parse_recipe
+from abkd.run import distil
 from abkd.rundir import RunDir
+from abkd.setup import Say, make_student, prepare
 
 DIVERGENCES: dict[str, dict[str, Any]] = {
     "forward KL": {"kind": "forward_kl"},

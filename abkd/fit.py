@@ -1,16 +1,76 @@
 """Does a training step fit into memory, and which options make it fit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from abkd.config import Recipe, parse_recipe
-from abkd.kernels.memory import StepMemory
+from abkd import config
+from abkd.config import Recipe
+from abkd.data.batches import num_tokens
+from abkd.data.instructions import Example
+from abkd.divergences import AlphaBetaSchedule
+from abkd.kernels.memory import Step, StepMemory, step_memory
+from abkd.models.pretrained import load_skeleton
+from abkd.models.students import shrink
+from abkd.parts import freeze, make_objective
+from abkd.recipe import parse_recipe
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def say_memory(recipe: Recipe, say: Callable[[str], None], train: Sequence[Example] = ()) -> None:
+    """What a training step needs, and what to change where it does not fit; see `step_memory_of`."""
+    try:
+        lines = advice(recipe, lambda changed: step_memory_of(changed, train), free_bytes(device_of(recipe)))
+    except Exception as error:  # a model's own code runs on tensors without values, which not every model bears
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = [f"memory: what a training step needs is not known ({reason})"]
+    for line in lines:
+        say(line)
+
+
+def step_memory_of(recipe: Recipe, train: Sequence[Example] = ()) -> StepMemory:
+    """Of the longest batch that `train` can give; without examples, of a batch of data.max_tokens each."""
+    size = recipe.training.batch_size
+    lengths = sorted(map(num_tokens, train))[-size:] or [recipe.data.max_tokens] * size
+    completions = sorted(len(example.completion_ids) for example in train)[-size:] or lengths
+    objective = make_objective(recipe.objective).at(1.0)
+
+    def make_models() -> tuple[PreTrainedModel, PreTrainedModel | None]:
+        named = recipe.teacher
+        teacher = named and load_skeleton(named.path, "teacher.path", named.dtype)
+        match recipe.student:
+            case config.Shrink() as section:
+                student = shrink(teacher, section.layers or section.keep_layers).float()
+            case config.Pretrained(path=path):
+                student = load_skeleton(path, "student.path")
+        freeze(student, recipe.student)
+        if recipe.training.activation_checkpointing:
+            getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
+        return student.train(), teacher
+
+    def dense_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+        return objective(**logits, labels=labels, num_tokens=len(labels)).total
+
+    is_dense = recipe.training.logits == "dense" or objective.needs_logits
+    loss = dense_loss if is_dense else objective.divergence
+    assert loss is not None and not isinstance(loss, AlphaBetaSchedule)
+    step = Step(
+        batch_size=len(lengths),
+        length=lengths[-1],
+        num_tokens=sum(completions),
+        loss=loss,
+        autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
+        accumulates=recipe.training.accumulation > 1,
+        device=device_of(recipe),
+    )
+    return step_memory(make_models, step)
 
 
 def advice(recipe: Recipe, estimate: Callable[[Recipe], StepMemory], free: int) -> list[str]:

@@ -4,57 +4,25 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from abkd import config
-from abkd.analysis.mass import RankMassMeter
-from abkd.calibrations import CALIBRATIONS, Calibration, Plain
-from abkd.data.batches import Collator, batches_by_length, num_tokens
-from abkd.data.instructions import EncodingCounts, Example, encode
-from abkd.divergences import KINDS, AlphaBeta, AlphaBetaSchedule, Divergence, Ramp
+from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, quiet
 from abkd.errors import InputError
-from abkd.evaluation.fidelity import fidelity
-from abkd.evaluation.rouge import rouge_l
-from abkd.fit import advice, device_of, free_bytes
-from abkd.generation import generate
 from abkd.inputs import Inputs
-from abkd.kernels.memory import Step, StepMemory, step_memory
-from abkd.models.pretrained import load_model, load_skeleton, load_tokenizer
-from abkd.models.students import shrink
-from abkd.objective import Objective
+from abkd.measures import measure, measure_before
+from abkd.models.pretrained import load_model
+from abkd.parts import make_objective
 from abkd.rundir import RESULTS, RunDir
-from abkd.teachers.in_process import InProcessTeacher
-from abkd.trainer import (
-    VALIDATION_DIVERGENCES,
-    DistillationTrainer,
-    MetricsWriter,
-    ProgressBar,
-    StopOnInterrupt,
-    quiet,
-)
-from abkd.vocab import align_widths, check_same_vocabulary
+from abkd.setup import Say, Setup, make_student, prepare
+from abkd.trainer import DistillationTrainer
 
 BEFORE = "before.json"
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What runs of one teacher on one data set share."""
-
-    teacher: InProcessTeacher | None
-    tokenizer: PreTrainedTokenizerBase
-    train: list[Example]
-    validation: list[Example]
 
 
 def train(recipe: config.Recipe, inputs: Inputs, say: Say) -> dict[str, Any] | None:
@@ -70,127 +38,6 @@ def train(recipe: config.Recipe, inputs: Inputs, say: Say) -> dict[str, Any] | N
         return results
     setup = prepare(recipe, inputs, say, to_train=True)
     return distil(recipe, setup, make_student(recipe, setup, say), say)
-
-
-def say_memory(recipe: config.Recipe, say: Say, train: Sequence[Example] = ()) -> None:
-    """What a training step needs, and what to change where it does not fit; see `step_memory_of`."""
-    try:
-        lines = advice(recipe, lambda changed: step_memory_of(changed, train), free_bytes(device_of(recipe)))
-    except Exception as error:  # a model's own code runs on tensors without values, which not every model bears
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        lines = [f"memory: what a training step needs is not known ({reason})"]
-    for line in lines:
-        say(line)
-
-
-def step_memory_of(recipe: config.Recipe, train: Sequence[Example] = ()) -> StepMemory:
-    """Of the longest batch that `train` can give; without examples, of a batch of data.max_tokens each."""
-    size = recipe.training.batch_size
-    lengths = sorted(map(num_tokens, train))[-size:] or [recipe.data.max_tokens] * size
-    completions = sorted(len(example.completion_ids) for example in train)[-size:] or lengths
-    objective = make_objective(recipe.objective).at(1.0)
-
-    def make_models() -> tuple[PreTrainedModel, PreTrainedModel | None]:
-        named = recipe.teacher
-        teacher = named and load_skeleton(named.path, "teacher.path", named.dtype)
-        match recipe.student:
-            case config.Shrink() as section:
-                student = shrink(teacher, section.layers or section.keep_layers).float()
-            case config.Pretrained(path=path):
-                student = load_skeleton(path, "student.path")
-        _freeze(student, recipe.student)
-        if recipe.training.activation_checkpointing:
-            getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
-        return student.train(), teacher
-
-    def dense_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-        return objective(**logits, labels=labels, num_tokens=len(labels)).total
-
-    is_dense = recipe.training.logits == "dense" or objective.needs_logits
-    loss = dense_loss if is_dense else objective.divergence
-    assert loss is not None and not isinstance(loss, AlphaBetaSchedule)
-    step = Step(
-        batch_size=len(lengths),
-        length=lengths[-1],
-        num_tokens=sum(completions),
-        loss=loss,
-        autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
-        accumulates=recipe.training.accumulation > 1,
-        device=device_of(recipe),
-    )
-    return step_memory(make_models, step)
-
-
-def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = False) -> Setup:
-    """Loads the teacher and tokenises the data; `to_train`: says first what memory a training step needs."""
-    if recipe.teacher is not None:
-        tokenizer = load_tokenizer(recipe.teacher.path, "teacher.path")
-    else:
-        assert isinstance(recipe.student, config.Pretrained)
-        tokenizer = load_tokenizer(recipe.student.path, "student.path")
-    options = recipe.data.model_dump(include={"prompt_format", "max_prompt_tokens", "max_tokens", "long_prompts"})
-    train, train_counts = encode(inputs.train, tokenizer, **options)
-    validation, validation_counts = encode(inputs.validation, tokenizer, **options, first_id=len(train))
-    say(f"train: {_describe(train_counts)}")
-    say(f"validation: {_describe(validation_counts)}")
-    if to_train:
-        say_memory(recipe, say, train)
-    if recipe.teacher is None:
-        return Setup(None, tokenizer, train, validation)
-    say(f"loading the teacher {recipe.teacher.path}")
-    model = load_model(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
-    return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation)
-
-
-def make_student(recipe: config.Recipe, setup: Setup, say: Say) -> PreTrainedModel:
-    """The student before training, with the teacher's vocabulary: refused, or the wider of the two cut, if not."""
-    set_seed(recipe.training.seed)
-    teacher = setup.teacher and setup.teacher.model
-    match recipe.student:
-        case config.Shrink() as section:
-            student = shrink(teacher, section.layers or section.keep_layers).float()
-        case config.Pretrained(path=path):
-            if teacher is not None:
-                check_same_vocabulary(student=load_tokenizer(path, "student.path"), teacher=setup.tokenizer)
-            student = load_model(path, "student.path")
-    if teacher is not None and (line := align_widths(student=student, teacher=teacher, tokenizer=setup.tokenizer)):
-        say(line)
-    _freeze(student, recipe.student)
-    return student
-
-
-def _freeze(student: PreTrainedModel, section: config.Student) -> None:
-    if section.freeze_embeddings:
-        student.get_input_embeddings().requires_grad_(False)
-        student.get_output_embeddings().requires_grad_(False)
-
-
-def make_objective(section: config.Objective) -> Objective:
-    return Objective(make_calibration(section), section.kd_weight, section.ce_weight, section.kd_warmup)
-
-
-def make_calibration(section: config.Objective) -> Calibration:
-    if section.divergence is not None:
-        temperatures = section.model_dump(include=set(config.TEMPERATURES))
-        return Plain(make_divergence(section.divergence), **temperatures)
-    if section.calibration is None:
-        return Plain(AlphaBeta())  # kd_weight is 0: it is not computed
-    parameters = {name: value for name, value in section.calibration if name != "kind"}
-    if "divergence" in parameters:
-        parameters["divergence"] = make_divergence(parameters["divergence"])
-    return CALIBRATIONS[section.calibration.kind](**parameters)
-
-
-def make_divergence(section: config.Divergence) -> Divergence | AlphaBetaSchedule:
-    parameters = {
-        name: Ramp(value.start, value.end, value.shape) if isinstance(value, config.Ramp) else value
-        for name, value in section
-        if name != "kind"
-    }
-    if any(isinstance(value, Ramp) for value in parameters.values()):
-        return AlphaBetaSchedule(**parameters)
-    return KINDS[section.kind](**parameters)
 
 
 def make_trainer(
@@ -308,55 +155,6 @@ def _train_from_last_checkpoint(trainer: DistillationTrainer, run_dir: RunDir, s
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]))
 
 
-def measure_before(recipe: config.Recipe, setup: Setup, student: PreTrainedModel) -> dict[str, Any]:
-    """What `measure` says of the teacher, if there is one, and of the untrained student."""
-    teacher = {"teacher": measure(recipe, setup, setup.teacher.model)} if setup.teacher else {}
-    return teacher | {"before": measure(recipe, setup, student)}
-
-
-def measure(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
-    """Fidelity to the teacher on the validation data, and answers with their ROUGE-L if asked for.
-
-    Keys: those of `fidelity`, `num_parameters`, with a teacher `rank_mass`, with answers `rouge_l` and `answers`.
-    """
-    meter = RankMassMeter()
-    size = recipe.evaluation.batch_size
-    batches = batches_by_length(setup.validation, Collator.of(setup.tokenizer), size)
-    num_batches = -(-len(setup.validation) // size)
-    bar = tqdm(batches, total=num_batches, desc="measuring", unit="batch", leave=False)
-    teacher_logits = None if setup.teacher is None else setup.teacher.logits
-    result: dict[str, Any] = {
-        **fidelity(model, teacher_logits, bar, VALIDATION_DIVERGENCES, per_token=meter),
-        **({"rank_mass": meter.result()._asdict()} if setup.teacher else {}),
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-    asked = setup.validation[: recipe.evaluation.num_generated]
-    if asked:
-        result["answers"] = answer(recipe, setup, model)
-        result["rouge_l"] = rouge_l(
-            result["answers"], [example.references or [example.completion] for example in asked]
-        )
-    return result
-
-
-def answer(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> list[str]:
-    """The model's answers to the first `evaluation.num_generated` validation prompts."""
-    options = recipe.evaluation
-    prompts = [example.prompt for example in setup.validation[: options.num_generated]]
-    with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False) as bar:
-        completions = generate(
-            model,
-            setup.tokenizer,
-            prompts,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            batch_size=options.batch_size,
-            seed=recipe.training.seed,
-            progress=bar.update,
-        )
-    return [completion.text for completion in completions]
-
-
 def _save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_dir: RunDir) -> None:
     """Written aside and renamed: the folder `student` is whole or absent."""
     part = run_dir.path / ".student.part"
@@ -385,10 +183,3 @@ def _check_disk(run_dir: RunDir, student: PreTrainedModel) -> None:
             f"run_dir: {str(run_dir.path)!r} needs {needed / 2**30:.2f} GiB for the student and two checkpoints, "
             f"{free / 2**30:.2f} GiB are free; free some, or give another folder with run_dir=PATH"
         )
-
-
-def _describe(counts: EncodingCounts) -> str:
-    return (
-        f"{counts.num_examples:,} examples, {counts.num_tokens:,} completion tokens, "
-        f"{counts.num_completions_cut:,} completions cut, {counts.num_long_prompts_dropped:,} long prompts dropped"
-    )

@@ -15,7 +15,7 @@ from conftest import make_llama, make_tokenizer, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abkd.cli import main
-from abkd.config import RECIPES, read_recipe
+from abkd.recipe import RECIPES, read_recipe
 from abkd.rundir import RunDir
 
 OVERRIDES = ("evaluation.num_generated=2", "evaluation.max_new_tokens=4", "training.validate_every=2")

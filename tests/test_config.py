@@ -8,9 +8,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from abkd.config import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.errors import InputError
 from abkd.paths import find_path
+from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 
 SECTIONS = "data, evaluation, objective, resume, run_dir, student, task, teacher, training"
 MINIMAL = {

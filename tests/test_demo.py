@@ -5,8 +5,8 @@ import json
 import pytest
 
 from abkd.cli import main
-from abkd.config import RECIPES
 from abkd.data.instructions import read_instructions
+from abkd.recipe import RECIPES
 
 
 def test_the_demo_data_is_small_and_well_formed():

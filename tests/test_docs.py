@@ -11,7 +11,7 @@ import yaml
 import abkd
 from abkd import config
 from abkd.calibrations import CALIBRATIONS
-from abkd.run import make_objective
+from abkd.parts import make_objective
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from abkd import fit
-from abkd.config import read_recipe
+from abkd.fit import say_memory, step_memory_of
 from abkd.kernels.memory import StepMemory
-from abkd.run import say_memory, step_memory_of
+from abkd.recipe import read_recipe
 
 CASES = {
     "llama": [],
@@ -102,8 +102,9 @@ def train_two_steps(recipe, length: int) -> None:
     from conftest import make_tokenizer
 
     from abkd.models.pretrained import load_model
-    from abkd.run import Setup, make_student, make_trainer
+    from abkd.run import make_trainer
     from abkd.rundir import RunDir
+    from abkd.setup import Setup, make_student
     from abkd.teachers.in_process import InProcessTeacher
 
     teacher = InProcessTeacher(load_model(recipe.teacher.path, "teacher.path"))
@@ -178,7 +179,7 @@ def test_a_student_of_its_own_and_the_data_decide_too(recipe_file, teacher_folde
 
 def test_a_model_that_cannot_be_simulated_is_said_and_not_fatal(recipe, monkeypatch):
     said = []
-    monkeypatch.setattr("abkd.run.step_memory_of", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("abkd.fit.step_memory_of", lambda *arguments: 1 / 0)
     say_memory(recipe, said.append)
     assert said == ["memory: what a training step needs is not known (division by zero)"]
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from abkd.config import read_recipe
 from abkd.errors import InputError
 from abkd.inputs import check_inputs
+from abkd.recipe import read_recipe
 
 
 def refusal(file, *overrides: str) -> str:

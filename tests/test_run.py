@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from abkd import InputError, cli, config
 from abkd.calibrations import CALIBRATIONS, MLKD, Plain
 from abkd.divergences import KINDS, AlphaBeta, AlphaBetaSchedule, Ramp
-from abkd.run import make_calibration, make_divergence
+from abkd.parts import make_calibration, make_divergence
 from abkd.rundir import RunDir
 
 
@@ -146,8 +146,8 @@ def test_a_pretrained_student_of_the_family_trains(recipe_file, teacher_folder, 
 def test_a_step_of_another_recipe_cannot_resume_a_run(recipe_file):
     assert cli.main(["train", str(recipe_file)]) == 0
     with pytest.raises(InputError, match="was started with 'num_steps: 4', not 'num_steps: 5'"):
-        from abkd.config import read_recipe
         from abkd.inputs import check_inputs
+        from abkd.recipe import read_recipe
 
         check_inputs(read_recipe(str(recipe_file), ["training.num_steps=5", "resume=true"]))
 

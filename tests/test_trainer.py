@@ -11,10 +11,10 @@ from conftest import make_gpt2, make_llama
 from transformers import TrainingArguments
 
 from abkd import AlphaBeta, DistillationTrainer, ForwardKL, InProcessTeacher, InputError, Objective
+from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, quiet
 from abkd.data.instructions import Example
 from abkd.divergences import AlphaBetaSchedule, Ramp
 from abkd.models.students import shrink
-from abkd.trainer import MetricsWriter, ProgressBar, StopOnInterrupt, quiet
 
 GOLDEN = Path(__file__).parent / "golden" / "twenty_steps.json"
 

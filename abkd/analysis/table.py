@@ -24,7 +24,7 @@ def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Measures of several models under each other; lower is better but for agreement and ROUGE-L.
 
     Args:
-        rows: name -> the measures of `run.measure`; a measure that none has gets no column.
+        rows: name -> the measures of `measures.measure`; a measure that none has gets no column.
     """
     shown = [key for key in COLUMNS if any(key in row for row in rows.values())]
     table = Table(title=TITLE, title_justify="left")

@@ -1,0 +1,42 @@
+"""Sections of a recipe -> the objects they describe."""
+
+from transformers import PreTrainedModel
+
+from abkd import config
+from abkd.calibrations import CALIBRATIONS, Calibration, Plain
+from abkd.divergences import KINDS, AlphaBeta, AlphaBetaSchedule, Divergence, Ramp
+from abkd.objective import Objective
+
+
+def make_objective(section: config.Objective) -> Objective:
+    return Objective(make_calibration(section), section.kd_weight, section.ce_weight, section.kd_warmup)
+
+
+def make_calibration(section: config.Objective) -> Calibration:
+    if section.divergence is not None:
+        temperatures = section.model_dump(include=set(config.TEMPERATURES))
+        return Plain(make_divergence(section.divergence), **temperatures)
+    if section.calibration is None:
+        return Plain(AlphaBeta())  # kd_weight is 0: it is not computed
+    parameters = {name: value for name, value in section.calibration if name != "kind"}
+    if "divergence" in parameters:
+        parameters["divergence"] = make_divergence(parameters["divergence"])
+    return CALIBRATIONS[section.calibration.kind](**parameters)
+
+
+def make_divergence(section: config.Divergence) -> Divergence | AlphaBetaSchedule:
+    parameters = {
+        name: Ramp(value.start, value.end, value.shape) if isinstance(value, config.Ramp) else value
+        for name, value in section
+        if name != "kind"
+    }
+    if any(isinstance(value, Ramp) for value in parameters.values()):
+        return AlphaBetaSchedule(**parameters)
+    return KINDS[section.kind](**parameters)
+
+
+def freeze(student: PreTrainedModel, section: config.Student) -> None:
+    """What the section wants fixed takes no gradient."""
+    if section.freeze_embeddings:
+        student.get_input_embeddings().requires_grad_(False)
+        student.get_output_embeddings().requires_grad_(False)

@@ -1,0 +1,152 @@
+"""A recipe out of a file and the command line: read, overridden, checked, each mistake in one line."""
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from abkd.config import Recipe
+from abkd.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> dict[str, str]:
+    """Shipped recipes: name -> the first line of the header."""
+    return {
+        file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
+        for file in sorted(RECIPES.glob("*.yaml"))
+    }
+
+
+def read_recipe(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name or any YAML file by path, with `key.sub=value` overrides, values read as YAML.
+
+    Setting a section's `kind` to another one starts that section afresh, wherever on the command line it stands.
+
+    Raises:
+        InputError: one line per mistake, each with the field, its value and what is allowed.
+    """
+    file = RECIPES / f"{name_or_path}.yaml" if name_or_path in recipe_names() else Path(name_or_path).expanduser()
+    if not file.is_file():
+        close = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        shipped = ", ".join(recipe_names())
+        raise InputError(f"recipe: there is no shipped recipe or file {name_or_path!r}; {hint}shipped are {shipped}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        place = f", line {where.line + 1}" if where else ""
+        raise InputError(f"recipe: {file}{place} is not valid YAML: {_problem(error)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"recipe: {file} must hold sections such as teacher, student, data; it holds {content!r}")
+    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
+        _apply_override(content, override)
+    return parse_recipe(content)
+
+
+def parse_recipe(content: dict[str, Any]) -> Recipe:
+    """The recipe that a mapping describes. Raises InputError as `read_recipe`."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(content, item) for item in error.errors())) from None
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a file, in one line."""
+    return getattr(error, "problem", None) or str(error).splitlines()[0]
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override: {override!r} is not key=value, as in training.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{key}: {text!r} is not a YAML value; quote it") from None
+    section = content
+    *parents, last = key.split(".")
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            raise InputError(f"{key}: {parent!r} is a single value, not a section")
+    if last == "kind" and section.get("kind", value) != value:
+        section.clear()
+    section[last] = value if text else ""
+
+
+def _explain(content: dict[str, Any], error: Any) -> str:
+    """One line: field, value, what is allowed."""
+    path, value, model = _walk(content, error["loc"])
+    field = ".".join(path) or "recipe"
+    if error["type"] == "extra_forbidden":
+        names = sorted(_keys(model))
+        close = difflib.get_close_matches(path[-1], names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{field}: unknown key; {hint}known here are {', '.join(names)}"
+    if error["type"] == "missing":
+        return f"{field}: missing; add it to the recipe or the command line"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        found = f"{value['kind']!r} is unknown" if "kind" in value else "missing"
+        return f"{field}.kind: {found}; use one of {', '.join(map(repr, _kinds(model, path[-1])))}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{field}: {value!r} is refused: it is a section and holds keys, as in {field}.KEY=VALUE"
+    if error["type"] == "value_error":
+        return f"{field}: {message}"
+    return f"{field}: {value!r} is refused: {message[0].lower()}{message[1:]}"
+
+
+def _kinds(model: Any, field: str) -> list[str]:
+    """The kinds that a field of several sections can be of."""
+    members = _members(model.model_fields[field].annotation)
+    return [kind for member in members for kind in typing.get_args(member.model_fields["kind"].annotation)]
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold, out of unions, annotations and None."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    if typing.get_origin(annotation) is Annotated:
+        return _members(typing.get_args(annotation)[0])
+    return [member for part in typing.get_args(annotation) for member in _members(part)]
+
+
+def _keys(model: Any) -> list[str]:
+    """The keys of a section as a recipe writes them."""
+    return [field.alias or name for name, field in model.model_fields.items()] if model else []
+
+
+def _walk(content: Any, loc: tuple) -> tuple[list[str], Any, type[BaseModel] | None]:
+    """(the keys as the user wrote them, the value there, the model that holds the last key)."""
+    path: list[str] = []
+    value, model, holder = content, Recipe, Recipe
+    for part in loc:
+        is_written = isinstance(value, dict) and part in value
+        if not is_written and part not in _keys(model):
+            continue  # the tag of a union
+        path.append(str(part))
+        value = value.get(part) if isinstance(value, dict) else value
+        holder, model = model, _model_of(model, part, value)
+    return path, value, holder
+
+
+def _model_of(model: Any, name: Any, value: Any) -> Any:
+    """The model of field `name`: for a union the member whose `kind` the value names."""
+    if model is None or name not in model.model_fields:
+        return None
+    members = _members(model.model_fields[name].annotation)
+    for member in members:
+        kind = member.model_fields.get("kind")
+        named = isinstance(value, dict) and kind is not None and value.get("kind") in typing.get_args(kind.annotation)
+        if kind is None or len(members) == 1 or named:
+            return member
+    return None

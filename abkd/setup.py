@@ -1,0 +1,73 @@
+"""A recipe and its inputs -> tokenizer, examples, teacher and student, loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from abkd import config
+from abkd.data.instructions import EncodingCounts, Example, encode
+from abkd.fit import say_memory
+from abkd.inputs import Inputs
+from abkd.models.pretrained import load_model, load_tokenizer
+from abkd.models.students import shrink
+from abkd.parts import freeze
+from abkd.teachers.in_process import InProcessTeacher
+from abkd.vocab import align_widths, check_same_vocabulary
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What runs of one teacher on one data set share."""
+
+    teacher: InProcessTeacher | None
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Example]
+    validation: list[Example]
+
+
+def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = False) -> Setup:
+    """Loads the teacher and tokenises the data; `to_train`: says first what memory a training step needs."""
+    if recipe.teacher is not None:
+        tokenizer = load_tokenizer(recipe.teacher.path, "teacher.path")
+    else:
+        assert isinstance(recipe.student, config.Pretrained)
+        tokenizer = load_tokenizer(recipe.student.path, "student.path")
+    options = recipe.data.model_dump(include={"prompt_format", "max_prompt_tokens", "max_tokens", "long_prompts"})
+    train, train_counts = encode(inputs.train, tokenizer, **options)
+    validation, validation_counts = encode(inputs.validation, tokenizer, **options, first_id=len(train))
+    say(f"train: {_describe(train_counts)}")
+    say(f"validation: {_describe(validation_counts)}")
+    if to_train:
+        say_memory(recipe, say, train)
+    if recipe.teacher is None:
+        return Setup(None, tokenizer, train, validation)
+    say(f"loading the teacher {recipe.teacher.path}")
+    model = load_model(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
+    return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation)
+
+
+def make_student(recipe: config.Recipe, setup: Setup, say: Say) -> PreTrainedModel:
+    """The student before training, with the teacher's vocabulary: refused, or the wider of the two cut, if not."""
+    set_seed(recipe.training.seed)
+    teacher = setup.teacher and setup.teacher.model
+    match recipe.student:
+        case config.Shrink() as section:
+            student = shrink(teacher, section.layers or section.keep_layers).float()
+        case config.Pretrained(path=path):
+            if teacher is not None:
+                check_same_vocabulary(student=load_tokenizer(path, "student.path"), teacher=setup.tokenizer)
+            student = load_model(path, "student.path")
+    if teacher is not None and (line := align_widths(student=student, teacher=teacher, tokenizer=setup.tokenizer)):
+        say(line)
+    freeze(student, recipe.student)
+    return student
+
+
+def _describe(counts: EncodingCounts) -> str:
+    return (
+        f"{counts.num_examples:,} examples, {counts.num_tokens:,} completion tokens, "
+        f"{counts.num_completions_cut:,} completions cut, {counts.num_long_prompts_dropped:,} long prompts dropped"
+    )
