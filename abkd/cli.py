@@ -89,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--recipe", help="where the target is a model: the recipe that names teacher and data")
     evaluate.add_argument("--json", action="store_true", help="print the measures as JSON, answers included")
     add_overrides(evaluate)
+    generate = add("generate", _generate, "write the teacher's answers to a recipe's training prompts as data (SeqKD)")
+    generate.add_argument("recipe", help="a shipped recipe's name, or the path of a YAML file")
+    generate.add_argument("--output", required=True, metavar="FILE.jsonl", help="go on with it if it is there")
+    generate.add_argument("--max-new-tokens", type=_count, default=256, help="an answer that does not end is left out")
+    generate.add_argument("--temperature", type=_non_negative, default=1.0, help="0 decodes greedily")
+    generate.add_argument("--top-p", type=_share, default=1.0, help="draw from the most probable tokens of this mass")
+    generate.add_argument("--batch-size", type=_count, default=16)
+    generate.add_argument("--seed", type=int, default=0)
+    add_overrides(generate)
     recipes = add("recipes", _recipes, "list the shipped recipes, or print one")
     recipes.add_argument("name", nargs="?", help="print this recipe")
     demo = add("demo", _demo, "distil a real small language model under three divergences and compare them")
@@ -170,6 +179,26 @@ def _eval(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _generate(options: argparse.Namespace) -> int:
+    recipe = read_recipe(options.recipe, options.overrides)
+    if recipe.teacher is None:
+        raise InputError("teacher: there is none to write answers; set teacher.path=PATH")
+    recipe = recipe.model_copy(update={"run_dir": "-", "resume": False})
+    from abkd.inputs import check_inputs
+
+    inputs = check_inputs(recipe)
+    _say("loading torch and transformers")
+    _quieten_libraries()
+    from abkd.answers import write_answers
+    from abkd.generation import Sampling
+
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
+    write_answers(
+        recipe, inputs, Path(options.output), sampling, batch_size=options.batch_size, seed=options.seed, say=_say
+    )
+    return DONE
+
+
 def _recipes(options: argparse.Namespace) -> int:
     if options.name:
         if options.name not in recipe_names():
@@ -192,6 +221,24 @@ def _demo(options: argparse.Namespace) -> int:
     from abkd.demo import run_demo
 
     return DONE if run_demo(recipe, inputs, _say) else INTERRUPTED
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is refused: must be at least 1")
+    return number
+
+
+def _non_negative(text: str) -> float:
+    if not 0 <= (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is refused: must be a number, at least 0")
+    return number
+
+
+def _share(text: str) -> float:
+    if not 0 < (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is refused: must be above 0, at most 1")
+    return number
 
 
 def _free_folder(path: Path) -> Path:

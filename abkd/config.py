@@ -360,6 +360,48 @@ TEMPERATURES = ("temperature", "teacher_temperature", "temperature_gradient_scal
 """Of the objective's divergence."""
 
 
+class Fixed(Section):
+    """Completions of the data."""
+
+    kind: Literal["fixed"] = "fixed"
+
+
+class OnPolicy(Section):
+    """Every step trains on completions that the student samples for the prompts of its batch."""
+
+    kind: Literal["on_policy"]
+    max_new_tokens: Count = 256
+    temperature: NonNegative = 1.0
+    """0 decodes greedily."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the most probable tokens that together hold this mass."""
+
+
+class Mixed(OnPolicy):
+    """A step trains on sampled completions with probability share, else on the data's."""
+
+    kind: Literal["mixed"]  # type: ignore[assignment]
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """GKD's lambda."""
+
+
+class Adaptive(OnPolicy):
+    """DistiLLM's adaptive off-policy; needs training.validate_every. See docs/rollouts.md."""
+
+    kind: Literal["adaptive"]  # type: ignore[assignment]
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability of sampled completions at the start."""
+    increase: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Of the threshold, after a validation with a worse loss."""
+    tolerance: NonNegative = 0.1
+    """Worse is a next-token loss this much above the last one that counted; nats per token."""
+    capacity: Count = 1000
+    """Of the replay buffer, in completions per process."""
+
+
+Rollouts = Annotated[Fixed | OnPolicy | Mixed | Adaptive, Field(discriminator="kind")]
+
+
 class Training(Section):
     num_steps: CountOrZero = 0
     """Optimiser steps; 0 means that num_epochs decides."""
@@ -421,6 +463,8 @@ class Recipe(Section):
     data: Data
     objective: Objective
     training: Training
+    rollouts: Rollouts = Fixed()
+    """Whose completions the student trains on."""
     evaluation: Evaluation = Evaluation()
     run_dir: str = Field(min_length=1)
     """A new folder; an existing one is never written over."""
@@ -438,6 +482,34 @@ class Recipe(Section):
             raise ValueError(
                 "student.kind=shrink needs a teacher to shrink; set teacher.path, or student.kind=pretrained"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_fit(self):
+        kind = self.rollouts.kind
+        if kind == "fixed":
+            return self
+        if self.teacher is None or self.objective.kd_weight == 0:
+            raise ValueError(
+                f"rollouts.kind={kind} needs a teacher and objective.kd_weight above 0; set rollouts.kind=fixed"
+            )
+        if self.teacher.remember:
+            raise ValueError(
+                f"teacher.remember=true keeps what the teacher says of the data, and rollouts.kind={kind} samples new "
+                "texts; set teacher.remember=false"
+            )
+        if self.objective.ce_weight > 0 and kind == "on_policy":
+            raise ValueError(
+                f"objective.ce_weight={self.objective.ce_weight:g} is of the data's completions, and "
+                "rollouts.kind=on_policy never trains on them; set objective.ce_weight=0, or rollouts.kind=mixed"
+            )
+        if self.objective.kd_warmup > 0:
+            raise ValueError(
+                f"objective.kd_warmup={self.objective.kd_warmup:g} starts with the data's completions alone, and "
+                f"rollouts.kind={kind} does without them; set objective.kd_warmup=0"
+            )
+        if kind == "adaptive" and self.training.validate_every == 0:
+            raise ValueError("rollouts.kind=adaptive goes by the validation loss; set training.validate_every above 0")
         return self
 
     def to_dict(self) -> dict[str, Any]:

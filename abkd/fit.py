@@ -39,6 +39,10 @@ def step_memory_of(recipe: Recipe, train: Sequence[Example] = ()) -> StepMemory:
     size = recipe.training.batch_size
     lengths = sorted(map(num_tokens, train))[-size:] or [recipe.data.max_tokens] * size
     completions = sorted(len(example.completion_ids) for example in train)[-size:] or lengths
+    if recipe.rollouts.kind != "fixed":  # a sampled completion may be the longest
+        longest = max([recipe.data.max_prompt_tokens] if not train else [len(example.prompt_ids) for example in train])
+        lengths = [max(length, longest + recipe.rollouts.max_new_tokens) for length in lengths]
+        completions = [max(length, recipe.rollouts.max_new_tokens) for length in completions]
     objective = make_objective(recipe.objective).at(1.0)
 
     def make_models() -> tuple[PreTrainedModel, PreTrainedModel | None]:

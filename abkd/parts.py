@@ -4,8 +4,13 @@ from transformers import PreTrainedModel
 
 from abkd import config
 from abkd.calibrations import CALIBRATIONS, Calibration, Plain
+from abkd.data.rollouts import STRATEGIES, Rollouts
 from abkd.divergences import KINDS, AlphaBeta, AlphaBetaSchedule, Divergence, Ramp
+from abkd.generation import Sampling
 from abkd.objective import Objective
+
+SAMPLING = ("max_new_tokens", "temperature", "top_p")
+"""Fields of a recipe's section that make a `Sampling`."""
 
 
 def make_objective(section: config.Objective) -> Objective:
@@ -33,6 +38,14 @@ def make_divergence(section: config.Divergence) -> Divergence | AlphaBetaSchedul
     if any(isinstance(value, Ramp) for value in parameters.values()):
         return AlphaBetaSchedule(**parameters)
     return KINDS[section.kind](**parameters)
+
+
+def make_rollouts(section: config.Rollouts) -> Rollouts | None:
+    """None for fixed data."""
+    if section.kind == "fixed":
+        return None
+    parameters = section.model_dump(exclude={"kind", *SAMPLING})
+    return STRATEGIES[section.kind](Sampling(**section.model_dump(include=set(SAMPLING))), **parameters)
 
 
 def freeze(student: PreTrainedModel, section: config.Student) -> None:

@@ -17,7 +17,7 @@ from abkd.errors import InputError
 from abkd.inputs import Inputs
 from abkd.measures import measure, measure_before
 from abkd.models.pretrained import load_model
-from abkd.parts import make_objective
+from abkd.parts import make_objective, make_rollouts
 from abkd.rundir import RESULTS, RunDir
 from abkd.setup import Say, Setup, make_student, prepare
 from abkd.trainer import DistillationTrainer
@@ -83,6 +83,7 @@ def make_trainer(
         tokenizer=setup.tokenizer,
         callbacks=[MetricsWriter(run_dir.log), *callbacks],
         group_by_length=options.group_by_length,
+        rollouts=make_rollouts(recipe.rollouts),
         logits=options.logits,
     )
     quiet(trainer)

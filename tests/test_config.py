@@ -12,7 +12,7 @@ from abkd.errors import InputError
 from abkd.paths import find_path
 from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 
-SECTIONS = "data, evaluation, objective, resume, run_dir, student, task, teacher, training"
+SECTIONS = "data, evaluation, objective, resume, rollouts, run_dir, student, task, teacher, training"
 MINIMAL = {
     "task": "language_model",
     "teacher": {"path": "/teacher"},
@@ -174,6 +174,29 @@ def test_a_wrong_kind_is_refused_with_the_right_ones(minimal_file, override):
 )
 def test_fields_that_contradict_each_other_are_refused(minimal_file, overrides, line):
     assert refusal(minimal_file, *overrides) == [line]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["rollouts.kind=on_policy", "teacher.remember=true"], "teacher.remember=true keeps what the teacher says"),
+        (["rollouts.kind=on_policy", "objective.ce_weight=1"], "objective.ce_weight=1 is of the data's completions"),
+        (["rollouts.kind=mixed", "objective.ce_weight=1", "objective.kd_warmup=0.5"], "objective.kd_warmup=0.5 starts"),
+        (["rollouts.kind=adaptive"], "rollouts.kind=adaptive goes by the validation loss; set training.validate_every"),
+        (
+            ["rollouts.kind=mixed", "objective.kd_weight=0", "objective.ce_weight=1"],
+            "rollouts.kind=mixed needs a teach",
+        ),
+        (["rollouts.kind=mixed", "rollouts.share=1"], "rollouts.share: 1 is refused: input should be less than 1"),
+        (["rollouts.kind=on_policy", "rollouts.share=.5"], "rollouts.share: unknown key"),
+        (["rollouts.kind=fixed", "rollouts.top_p=.5"], "rollouts.top_p: unknown key"),
+        (["rollouts.kind=on_policy", "rollouts.top_p=0"], "rollouts.top_p: 0 is refused: input should be greater than"),
+        (["rollouts.kind=onpolicy"], "rollouts.kind: 'onpolicy' is unknown; use one of 'fixed', 'on_policy'"),
+    ],
+)
+def test_rollouts_that_do_not_fit_the_rest_are_refused(minimal_file, overrides, message):
+    (line,) = refusal(minimal_file, *overrides)
+    assert message in line
 
 
 def test_epochs_may_decide_instead_of_steps(minimal_file):

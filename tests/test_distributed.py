@@ -10,11 +10,15 @@ from conftest import make_llama, make_tokenizer
 from test_fused import LORA_WARNING, with_lora
 from test_trainer import make_trainer, weights
 
+from abkd.data.rollouts import OnPolicy
+from abkd.generation import Sampling
+
 HERE = Path(__file__)
+ROLLOUTS = OnPolicy(Sampling(6))
 CASES = {"tied": {}, "untied": {"tied": False}, "LoRA": {"lora": True}, "dense": {"logits": "dense"}}
 
 
-def train(folder, *, batch_size, logits="fused", tied=True, lora=False):
+def train(folder, *, batch_size, logits="fused", tied=True, lora=False, rollouts=None):
     tokenizer = make_tokenizer()
     student = make_llama(len(tokenizer), layers=2, tied=tied, seed=3)
     student = with_lora(student) if lora else student
@@ -23,6 +27,7 @@ def train(folder, *, batch_size, logits="fused", tied=True, lora=False):
         folder,
         student=student,
         logits=logits,
+        rollouts=rollouts,
         max_steps=3,
         learning_rate=0.02,
         per_device_train_batch_size=batch_size,
@@ -51,6 +56,9 @@ def test_two_processes_take_the_steps_of_one(of_two_processes, tmp_path, case):
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     found = {}
+    trainer = train(Path(folder) / "run", batch_size=4, rollouts=ROLLOUTS)
+    theirs = trainer.accelerator.gather(weights(trainer)).view(2, -1)
+    assert torch.equal(theirs[0], theirs[1])
     for case, options in CASES.items():
         trainer = train(Path(folder) / "run", batch_size=4, **options)
         assert trainer.args.world_size == 2

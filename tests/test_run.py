@@ -143,6 +143,18 @@ def test_a_pretrained_student_of_the_family_trains(recipe_file, teacher_folder, 
     assert results["after"]["num_parameters"] < results["teacher"]["num_parameters"]
 
 
+@pytest.mark.parametrize("kind", ["on_policy", "mixed", "adaptive"])
+def test_a_run_with_rollouts_logs_what_it_sampled(recipe_file, tmp_path, kind):
+    options = [f"rollouts.kind={kind}", "rollouts.max_new_tokens=5", "training.validate_every=2"]
+    options += ["rollouts.threshold=1"] if kind == "adaptive" else []
+    assert cli.main(["train", str(recipe_file), *options]) == cli.DONE
+    lines = [line for line in RunDir(tmp_path / "run").read_metrics() if "loss" in line]
+    sampled = [line["num_sampled"] for line in lines]
+    assert sampled == [2, 2, 2, 2] if kind != "mixed" else set(sampled) <= {0, 2}
+    assert all(1 <= line["sampled_tokens"] <= 5 for line in lines if line["num_sampled"])
+    assert all(("threshold" in line) == (kind == "adaptive") for line in lines)
+
+
 def test_a_step_of_another_recipe_cannot_resume_a_run(recipe_file):
     assert cli.main(["train", str(recipe_file)]) == 0
     with pytest.raises(InputError, match="was started with 'num_steps: 4', not 'num_steps: 5'"):

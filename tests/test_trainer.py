@@ -31,7 +31,7 @@ def examples(count, tokenizer, seed=0):
 
 
 def make_trainer(tokenizer, folder, *, student=None, objective=None, teacher="a Llama", count=8, callbacks=(),
-                 remember=False, grouped=False, logits="auto", **options):  # fmt: skip
+                 remember=False, grouped=False, logits="auto", rollouts=None, **options):  # fmt: skip
     arguments = {
         "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.1,
         "optim": "sgd",
@@ -49,6 +49,7 @@ def make_trainer(tokenizer, folder, *, student=None, objective=None, teacher="a 
         tokenizer=tokenizer,
         callbacks=callbacks,
         group_by_length=grouped,
+        rollouts=rollouts,
         logits=logits,
     )
     quiet(trainer)

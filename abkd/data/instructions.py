@@ -87,6 +87,17 @@ def read_instructions(path: Path, field: str) -> list[Instruction]:
     return instructions
 
 
+def row_of(instruction: Instruction, completion: str) -> dict[str, Any]:
+    """The row of a JSONL file that `read_instructions` reads as `instruction` with another completion."""
+    last = instruction.prompt[-1]["content"]
+    if len(instruction.prompt) > 1:
+        return {"messages": [*instruction.prompt, {"role": "assistant", "content": completion}]}
+    if instruction.input:
+        question = last.removesuffix(f"\n\n{instruction.input}")
+        return {"instruction": question, "input": instruction.input, "output": completion}
+    return {"prompt": last, "completion": completion}
+
+
 def hold_out(
     instructions: Sequence[Instruction], num_held_out: int, field: str
 ) -> tuple[list[Instruction], list[Instruction]]:
@@ -130,15 +141,8 @@ def encode(
     num_dropped = num_cut = 0
     for row in instructions:
         prompt, completion = _as_text(row, tokenizer, prompt_format)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if not prompt_ids:
-            raise InputError(f"{row.origin}: the prompt has no tokens; give it some text")
-        if len(prompt_ids) > max_prompt_tokens:
-            if long_prompts == "refuse":
-                raise InputError(
-                    f"{row.origin}: the prompt is {len(prompt_ids):,} tokens, data.max_prompt_tokens is "
-                    f"{max_prompt_tokens:,}; raise it, or set data.long_prompts=drop"
-                )
+        prompt_ids = encode_prompt(prompt, row.origin, tokenizer, max_prompt_tokens, long_prompts)
+        if prompt_ids is None:
             num_dropped += 1
             continue
         completion_ids = _completion_ids(completion, tokenizer)
@@ -160,10 +164,27 @@ def encode(
     return examples, EncodingCounts(len(examples), num_tokens, num_dropped, num_cut)
 
 
+def encode_prompt(
+    prompt: str, origin: str, tokenizer: Any, max_prompt_tokens: int, long_prompts: str
+) -> list[int] | None:
+    """Ids of what `prompt_text` gives for the row at `origin`; None for a long one that is to be dropped."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError(f"{origin}: the prompt has no tokens; give it some text")
+    if len(ids) <= max_prompt_tokens:
+        return ids
+    if long_prompts == "refuse":
+        raise InputError(
+            f"{origin}: the prompt is {len(ids):,} tokens, data.max_prompt_tokens is {max_prompt_tokens:,}; raise it, "
+            "or set data.long_prompts=drop"
+        )
+    return None
+
+
 def prompt_text(row: Instruction, tokenizer: Any, prompt_format: str) -> str:
     """What a model reads before it answers."""
     if prompt_format == "chat":
-        return tokenizer.apply_chat_template(list(row.prompt), tokenize=False, add_generation_prompt=True)
+        return _apply_template(row, list(row.prompt), tokenizer, add_generation_prompt=True)
     if len(row.prompt) > 1:
         raise InputError(f"{row.origin}: a conversation needs data.prompt_format=chat")
     question = row.prompt[0]["content"]
@@ -177,23 +198,27 @@ def prompt_text(row: Instruction, tokenizer: Any, prompt_format: str) -> str:
 def _as_text(row: Instruction, tokenizer: Any, prompt_format: str) -> tuple[str, str]:
     if prompt_format != "chat":
         return prompt_text(row, tokenizer, prompt_format), row.completion
-    from jinja2 import TemplateError
-
+    prompt = prompt_text(row, tokenizer, prompt_format)
     messages = [*row.prompt, {"role": "assistant", "content": row.completion}]
-    try:
-        prompt = prompt_text(row, tokenizer, prompt_format)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        raise InputError(
-            f"{row.origin}: the tokenizer's chat template refuses the conversation ({error}); change the row, or use "
-            "data.prompt_format=plain"
-        ) from error
+    whole = _apply_template(row, messages, tokenizer)
     if not whole.startswith(prompt):
         raise InputError(
             f"{row.origin}: the tokenizer's chat template does not continue its own generation prompt, so the "
             "completion cannot be told from the prompt; use data.prompt_format=plain"
         )
     return prompt, whole[len(prompt) :]
+
+
+def _apply_template(row: Instruction, messages: list, tokenizer: Any, **options: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as error:
+        raise InputError(
+            f"{row.origin}: the tokenizer's chat template refuses the conversation ({error}); change the row, or use "
+            "data.prompt_format=plain"
+        ) from error
 
 
 def _completion_ids(completion: str, tokenizer: Any) -> list[int]:
