@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from abkd.config import Recipe
 from abkd.errors import InputError
 from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.rundir import RECIPE, RunDir
@@ -84,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
             "check a recipe, its models, every row of its data and the memory it needs, without running it",
         )
     )
-    evaluate = add("eval", _eval, "measure a run's student, or any model, against a recipe's teacher and data")
-    evaluate.add_argument("target", metavar="RUN_OR_MODEL", help="the folder of a run or of a model, or a hub id")
-    evaluate.add_argument("--recipe", help="where the target is a model: the recipe that names teacher and data")
+    evaluate = add("eval", _eval, "measure runs' students, or models, beside their teacher and the student before")
+    evaluate.add_argument("targets", metavar="RUN_OR_MODEL", nargs="+", help="folders of runs or of models, or hub ids")
+    evaluate.add_argument("--recipe", help="where a target is a model: the recipe that names teacher and data")
     evaluate.add_argument("--json", action="store_true", help="print the measures as JSON, answers included")
-    add_overrides(evaluate)
+    evaluate.set_defaults(overrides=[])
     generate = add("generate", _generate, "write the teacher's answers to a recipe's training prompts as data (SeqKD)")
     generate.add_argument("recipe", help="a shipped recipe's name, or the path of a YAML file")
     generate.add_argument("--output", required=True, metavar="FILE.jsonl", help="go on with it if it is there")
@@ -144,39 +145,58 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    run_dir = RunDir(Path(options.target))
-    if (run_dir.path / RECIPE).exists():
-        if not run_dir.student.exists():
-            raise InputError(f"target: {options.target!r} has no student yet; finish it with resume=true")
-        recipe_name, student = options.recipe or str(run_dir.path / RECIPE), str(run_dir.student)
-    elif options.recipe:
-        recipe_name, student = options.recipe, options.target
-    else:
-        raise InputError(
-            f"target: {options.target!r} is no run; for a model name teacher and data with --recipe RECIPE"
-        )
-    recipe = read_recipe(recipe_name, options.overrides)
-    recipe = parse_recipe(
-        recipe.to_dict() | {"student": {"kind": "pretrained", "path": student}, "resume": False, "run_dir": "-"}
-    )
+    options.overrides += [target for target in options.targets if "=" in target and not Path(target).exists()]
+    targets = [target for target in options.targets if target not in options.overrides]
+    found = {name: _target_of(name, options.recipe, options.overrides) for name in targets}
+    if not found:
+        raise InputError("target: there is none; give the folder of a run, or a model with --recipe RECIPE")
+    _check_comparable({name: recipe for name, (recipe, *_) in found.items()})
     from abkd.inputs import check_inputs
 
-    inputs = check_inputs(recipe)
+    inputs = [check_inputs(recipe) for recipe, *_ in found.values()]
     say = _say_aside if options.json else _say
     say("loading torch and transformers")
     _quieten_libraries()
     from abkd.analysis.table import print_table
-    from abkd.measures import measure_before
-    from abkd.setup import make_student, prepare
+    from abkd.evaluate import Target, evaluate
 
-    setup = prepare(recipe, inputs, say)
-    measured = measure_before(recipe, setup, make_student(recipe, setup, say))
-    measured["student"] = measured.pop("before")
+    measured = evaluate({name: Target(*each) for name, each in found.items()}, inputs[0], say)
     if options.json:
         print(json.dumps(measured, indent=2))
     else:
         print_table(measured)
     return DONE
+
+
+def _target_of(name: str, recipe_name: str | None, overrides: Sequence[str]) -> tuple[Recipe, Recipe, Path | None]:
+    """(the recipe whose student is the run's or the model, that of the student before, the run's folder)."""
+    run_dir = RunDir(Path(name))
+    student, folder = name, None
+    if (run_dir.path / RECIPE).exists():
+        if not run_dir.student.exists():
+            raise InputError(f"target: {name!r} has no student yet; finish it with resume=true")
+        recipe_name, student, folder = recipe_name or str(run_dir.path / RECIPE), str(run_dir.student), run_dir.path
+    elif recipe_name is None:
+        raise InputError(f"target: {name!r} is no run; for a model name teacher and data with --recipe RECIPE")
+    before = read_recipe(recipe_name, overrides)
+    changes = {"student": {"kind": "pretrained", "path": student}, "resume": False, "run_dir": "-"}
+    return parse_recipe(before.to_dict() | changes), before, folder
+
+
+def _check_comparable(recipes: dict[str, Recipe]) -> None:
+    """Measures stand beside each other only for one teacher, one data set, one protocol."""
+    (first, reference), *others = recipes.items()
+    for name, recipe in others:
+        here, there = recipe.to_dict(), reference.to_dict()
+        for section in ("teacher", "data", "evaluation"):
+            if here[section] != there[section]:
+                keys = here[section] or there[section]
+                field = next(key for key in keys if (here[section] or {}).get(key) != (there[section] or {}).get(key))
+                values = [(each[section] or {}).get(field) for each in (here, there)]
+                raise InputError(
+                    f"target: {name!r} has {section}.{field}={values[0]!r} and {first!r} has {values[1]!r}; "
+                    f"measure them apart, or set {section}.{field} for both"
+                )
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -446,13 +446,42 @@ class Training(Section):
         return self
 
 
+class EvaluationSet(Section):
+    """Prompts that teacher and student answer."""
+
+    path: str = Field(min_length=1)
+    """As data.validation."""
+    metric: Literal["rouge_l", "exact_match"] = "rouge_l"
+    """exact_match compares final answers: what follows ####, is in \\boxed{}, or the last number."""
+    max_rows: CountOrZero = 0
+    """Only the first so many rows; 0 for all."""
+
+
 class Evaluation(Section):
     batch_size: Count = 8
+    sets: dict[str, EvaluationSet] = {}
+    """By name: answered by teacher and student before and after, in the prompt format of the data."""
+    num_seeds: Count = 1
+    """Samplings of each set, under the seeds 0, 1, ...; the ABKD paper's protocol has 5."""
     num_generated: CountOrZero = 0
     """Validation prompts answered by teacher and student, for ROUGE-L with the references; 0 for none."""
     max_new_tokens: Count = 128
     temperature: NonNegative = 0.0
     """0 decodes greedily."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the most probable tokens that together hold this mass."""
+
+    @model_validator(mode="after")
+    def _seeds_need_sampling(self):
+        if self.num_seeds > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_seeds={self.num_seeds} repeats a greedy answer, for temperature=0; set temperature=1 or "
+                "num_seeds=1"
+            )
+        for name in self.sets:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"sets.{name}: a name is made of letters, digits, - and _, as it names files")
+        return self
 
 
 class Recipe(Section):

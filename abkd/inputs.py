@@ -14,6 +14,8 @@ from abkd.rundir import RECIPE, RunDir
 class Inputs(NamedTuple):
     train: list[Instruction]
     validation: list[Instruction]
+    sets: dict[str, list[Instruction]]
+    """Name -> rows of `evaluation.sets`."""
     models: list[str]
     """What will be loaded, and whether it is here or on a hub."""
 
@@ -42,7 +44,11 @@ def check_inputs(recipe: Recipe) -> Inputs:
     else:
         train, validation = hold_out(train, recipe.data.num_held_out, "data.num_held_out")
     train = train[: recipe.data.max_train_rows or None]
-    return Inputs(train, validation[: recipe.data.max_validation_rows or None], models)
+    sets = {}
+    for name, section in recipe.evaluation.sets.items():
+        field = f"evaluation.sets.{name}.path"
+        sets[name] = read_instructions(find_path(section.path, field), field)[: section.max_rows or None]
+    return Inputs(train, validation[: recipe.data.max_validation_rows or None], sets, models)
 
 
 def _check_resumable(recipe: Recipe, run_dir: RunDir) -> None:

@@ -1,5 +1,7 @@
 """What a model is worth under a recipe: fidelity to the teacher, and answers."""
 
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -10,40 +12,70 @@ from abkd.analysis.mass import RankMassMeter
 from abkd.data.batches import Collator, batches_by_length
 from abkd.evaluation.fidelity import fidelity
 from abkd.evaluation.rouge import rouge_l
-from abkd.generation import generate
+from abkd.evaluation.sets import evaluate_set
+from abkd.generation import Sampling, generate
 from abkd.setup import Setup
 from abkd.trainer import VALIDATION_DIVERGENCES
 
 
-def measure_before(recipe: config.Recipe, setup: Setup, student: PreTrainedModel) -> dict[str, Any]:
+def measure_before(
+    recipe: config.Recipe, setup: Setup, student: PreTrainedModel, keep: Path | None = None
+) -> dict[str, Any]:
     """What `measure` says of the teacher, if there is one, and of the untrained student."""
-    teacher = {"teacher": measure(recipe, setup, setup.teacher.model)} if setup.teacher else {}
-    return teacher | {"before": measure(recipe, setup, student)}
+    teacher = {}
+    if setup.teacher is not None:
+        teacher["teacher"] = measure(recipe, setup, setup.teacher.model, keep and keep / "teacher")
+    return teacher | {"before": measure(recipe, setup, student, keep and keep / "before")}
 
 
-def measure(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
-    """Fidelity to the teacher on the validation data, and answers with their ROUGE-L if asked for.
+def measure(recipe: config.Recipe, setup: Setup, model: PreTrainedModel, keep: Path | None = None) -> dict[str, Any]:
+    """Fidelity to the teacher on the validation data, answers with their ROUGE-L if asked for, the evaluation sets.
 
-    Keys: those of `fidelity`, `num_parameters`, with a teacher `rank_mass`, with answers `rouge_l` and `answers`.
+    Args:
+        keep: a folder for the answers to the evaluation sets; those that are there are not made again.
+
+    Returns:
+        The keys of `fidelity`, `num_parameters`, with a teacher `rank_mass`, with answers `rouge_l` and `answers`, with
+        sets `sets`: name -> `evaluate_set`, and `sets_mean`, the mean of the sets' means.
     """
     meter = RankMassMeter()
     size = recipe.evaluation.batch_size
     batches = batches_by_length(setup.validation, Collator.of(setup.tokenizer), size)
     num_batches = -(-len(setup.validation) // size)
     bar = tqdm(batches, total=num_batches, desc="measuring", unit="batch", leave=False)
-    teacher_logits = None if setup.teacher is None else setup.teacher.logits
+    teacher_targets = None if setup.teacher is None else setup.teacher.targets
     result: dict[str, Any] = {
-        **fidelity(model, teacher_logits, bar, VALIDATION_DIVERGENCES, per_token=meter),
+        **fidelity(model, teacher_targets, bar, VALIDATION_DIVERGENCES, per_token=meter),
         **({"rank_mass": meter.result()._asdict()} if setup.teacher else {}),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     asked = setup.validation[: recipe.evaluation.num_generated]
     if asked:
         result["answers"] = answer(recipe, setup, model)
-        result["rouge_l"] = rouge_l(
-            result["answers"], [example.references or [example.completion] for example in asked]
-        )
+        references = [example.references or [example.completion] for example in asked]
+        result["rouge_l"] = fmean(rouge_l(result["answers"], references))
+    if setup.sets:
+        result["sets"] = {name: _measure_set(recipe, setup, model, name, keep) for name in setup.sets}
+        result["sets_mean"] = fmean(each["mean"] for each in result["sets"].values())
     return result
+
+
+def _measure_set(
+    recipe: config.Recipe, setup: Setup, model: PreTrainedModel, name: str, keep: Path | None
+) -> dict[str, Any]:
+    options, chosen = recipe.evaluation, setup.sets[name]
+    num_answers = len(chosen.prompts) * options.num_seeds
+    with tqdm(total=num_answers, desc=f"answering {name}", unit="prompt", leave=False) as bar:
+        return evaluate_set(
+            model,
+            setup.tokenizer,
+            chosen,
+            Sampling(options.max_new_tokens, options.temperature, options.top_p),
+            num_seeds=options.num_seeds,
+            batch_size=options.batch_size,
+            keep=keep and keep / name,
+            progress=bar.update,
+        )
 
 
 def answer(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> list[str]:
@@ -57,6 +89,7 @@ def answer(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> list[
             prompts,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
+            top_p=options.top_p,
             batch_size=options.batch_size,
             seed=recipe.training.seed,
             progress=bar.update,

@@ -142,7 +142,7 @@ def _walk(content: Any, loc: tuple) -> tuple[list[str], Any, type[BaseModel] | N
 def _model_of(model: Any, name: Any, value: Any) -> Any:
     """The model of field `name`: for a union the member whose `kind` the value names."""
     if model is None or name not in model.model_fields:
-        return None
+        return model  # a name that the user gives, of one of several alike sections
     members = _members(model.model_fields[name].annotation)
     for member in members:
         kind = member.model_fields.get("kind")

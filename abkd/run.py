@@ -18,7 +18,7 @@ from abkd.inputs import Inputs
 from abkd.measures import measure, measure_before
 from abkd.models.pretrained import load_model
 from abkd.parts import make_objective, make_rollouts
-from abkd.rundir import RESULTS, RunDir
+from abkd.rundir import EVALUATION, RESULTS, RunDir
 from abkd.setup import Say, Setup, make_student, prepare
 from abkd.trainer import DistillationTrainer
 
@@ -110,7 +110,8 @@ def distil(
     say(trainer.how_logits)
     if setup.teacher is not None:
         setup.teacher.model.to(trainer.args.device)
-    measured = measured or run_dir.read_json(BEFORE) or measure_before(recipe, setup, student)
+    keep = run_dir.path / EVALUATION
+    measured = measured or run_dir.read_json(BEFORE) or measure_before(recipe, setup, student, keep)
     run_dir.write_json(BEFORE, measured)
     started = time.monotonic()
     if trained := _trained_weights(run_dir):
@@ -124,7 +125,7 @@ def distil(
     if not run_dir.student.exists():
         _save_student(student, setup.tokenizer, run_dir)
     results = measured | {
-        "after": measure(recipe, setup, student),
+        "after": measure(recipe, setup, student, keep / "after"),
         "calibration": str(trainer.objective.calibration) if trainer.objective.kd_weight > 0 else None,
         "divergence": str(trainer.objective.divergence) if trainer.objective.kd_weight > 0 else None,
         "num_steps": run_dir.last_step(),

@@ -14,6 +14,7 @@ from abkd.errors import InputError
 
 RECIPE, ENVIRONMENT, METRICS, RESULTS = "recipe.yaml", "environment.json", "metrics.jsonl", "results.json"
 CHECKPOINTS, STUDENT, WHOLE_MARK = "checkpoints", "student", "WHOLE"
+EVALUATION = "evaluation"
 PACKAGES = ("abkd", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
@@ -25,6 +26,7 @@ class RunDir:
     metrics.jsonl     one JSON object a line: step and what was logged there
     checkpoints/      checkpoint-STEP/, resumable; a file WHOLE marks one that was written to its end
     student/          the trained student in Hugging Face format
+    evaluation/       answers to the evaluation sets, by model, set and seed
     results.json      the before/after table
     """
 

@@ -1,12 +1,13 @@
 """A recipe and its inputs -> tokenizer, examples, teacher and student, loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from abkd import config
 from abkd.data.instructions import EncodingCounts, Example, encode
+from abkd.evaluation.sets import EvaluationSet
 from abkd.fit import say_memory
 from abkd.inputs import Inputs
 from abkd.models.pretrained import load_model, load_tokenizer
@@ -26,6 +27,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     train: list[Example]
     validation: list[Example]
+    sets: dict[str, EvaluationSet] = field(default_factory=dict)
 
 
 def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = False) -> Setup:
@@ -36,13 +38,20 @@ def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = Fa
     validation, validation_counts = encode(inputs.validation, tokenizer, **options, first_id=len(train))
     say(f"train: {_describe(train_counts)}")
     say(f"validation: {_describe(validation_counts)}")
+    sets = {}
+    for name, rows in inputs.sets.items():
+        examples, counts = encode(rows, tokenizer, **options)
+        say(f"{name}: {_describe(counts)}")
+        references = [example.references or (example.completion,) for example in examples]
+        prompts = [example.prompt for example in examples]
+        sets[name] = EvaluationSet(prompts, references, recipe.evaluation.sets[name].metric)
     if to_train:
         say_memory(recipe, say, train)
     if recipe.teacher is None:
-        return Setup(None, tokenizer, train, validation)
+        return Setup(None, tokenizer, train, validation, sets)
     say(f"loading the teacher {recipe.teacher.path}")
     model = load_model(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
-    return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation)
+    return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation, sets)
 
 
 def tokenizer_of(recipe: config.Recipe) -> PreTrainedTokenizerBase:

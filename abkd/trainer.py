@@ -173,8 +173,8 @@ class DistillationTrainer(Trainer):
         """`fidelity` to the teacher, if any, on the validation examples, logged under `validation_...`."""
         examples = self.eval_dataset if eval_dataset is None else eval_dataset
         batches = batches_by_length(examples, self.data_collator, self.args.per_device_eval_batch_size)
-        teacher_logits = None if self.teacher is None else self.teacher.logits
-        measured = fidelity(self.model, teacher_logits, batches, VALIDATION_DIVERGENCES)
+        teacher_targets = None if self.teacher is None else self.teacher.targets
+        measured = fidelity(self.model, teacher_targets, batches, VALIDATION_DIVERGENCES)
         if self.rollouts is not None:
             self.rollouts.validated(measured["next_token_loss"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}

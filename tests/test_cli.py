@@ -296,7 +296,7 @@ def test_eval_of_a_run_measures_its_student(run):
     done = abkd("eval", run.path, "--json")
     assert done.code == 0, done.err
     measured, expected = json.loads(done.out), results(run.path)
-    assert measured == {"teacher": expected["teacher"], "student": expected["after"]}
+    assert measured == {key: expected[old] for key, old in (("teacher",) * 2, ("before",) * 2, ("student", "after"))}
     assert "loading the teacher" in done.err
 
 
@@ -318,6 +318,68 @@ def test_eval_of_a_model_folder_goes_by_a_recipe_with_overrides_anywhere(run, te
     assert measured["student"] == measured["teacher"]
     assert measured["student"]["forward_kl"] == pytest.approx(0, abs=1e-6)
     assert measured["student"]["num_tokens"] < results(run.path)["after"]["num_tokens"]
+
+
+SETS = ("evaluation.sets.pets.max_rows=3", "evaluation.temperature=1", "evaluation.num_seeds=2",
+        "evaluation.max_new_tokens=6", "evaluation.num_generated=0")  # fmt: skip
+
+
+def test_runs_side_by_side_on_evaluation_sets(run, recipe_file, data_file, tmp_path):
+    other = tmp_path / "other"
+    assert abkd("train", recipe_file, *OVERRIDES, "objective.divergence.kind=forward_kl", f"run_dir={other}").code == 0
+    sets = (f"evaluation.sets.pets.path={data_file}", *SETS)
+    done = abkd("eval", run.path, other, *sets, "--json")
+    assert done.code == 0, done.err
+    measured = json.loads(done.out)
+    assert list(measured) == ["teacher", "before", str(run.path), str(other)]
+    pets = measured["before"]["sets"]["pets"]
+    assert pets["num_prompts"] == 3 and pets["num_seeds"] == 2 and [len(each) for each in pets["answers"]] == [3, 3]
+    assert pets["answers"][0] != pets["answers"][1] and pets["interval"][0] <= pets["mean"] <= pets["interval"][1]
+    assert measured["before"]["sets_mean"] == pets["mean"]
+    kept = sorted(str(file.relative_to(other)) for file in other.glob("evaluation/*/*"))
+    assert kept == ["evaluation/after/pets-0.json", "evaluation/after/pets-1.json"]
+
+    table = abkd("eval", run.path, other, *sets)
+    assert table.code == 0 and "Self-BLEU" in table.out and f"{pets['mean']:.1f} ({pets['sd']:.2f})" in table.out
+
+
+def test_kept_answers_are_not_made_again_and_others_are(run, data_file, monkeypatch):
+    sets = (f"evaluation.sets.pets.path={data_file}", *SETS)
+    first = abkd("eval", run.path, *sets, "--json")
+    assert first.code == 0, first.err
+    with monkeypatch.context() as patched:
+        patched.setattr("abkd.evaluation.sets.generate", lambda *arguments, **options: 1 / 0)
+        assert abkd("eval", run.path, *sets, "--json").out == first.out
+        with pytest.raises(ZeroDivisionError):
+            abkd("eval", run.path, *sets, "evaluation.temperature=0.5")
+
+
+def test_runs_of_two_data_sets_or_teachers_do_not_stand_beside_each_other(run, tmp_path, recipe_file, data_file):
+    other = tmp_path / "other"
+    assert abkd("train", recipe_file, *OVERRIDES, "data.num_held_out=3", f"run_dir={other}").code == 0
+    assert refusal("eval", run.path, other) == (
+        f"target: {str(other)!r} has data.num_held_out=3 and {str(run.path)!r} has 4; measure them apart, or set "
+        "data.num_held_out for both"
+    )
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (["evaluation.num_seeds=2"], "evaluation: num_seeds=2 repeats a greedy answer, for temperature=0; set"),
+        (["evaluation.sets.a.path=none.jsonl"], "evaluation.sets.a.path: there is no file 'none.jsonl'; give a JSONL"),
+        (
+            ["evaluation.sets.a={path: x, metric: bleu}"],
+            "evaluation.sets.a.metric: 'bleu' is refused: input should be 'rouge_l'",
+        ),
+        (["evaluation.sets.a.max_rows=1"], "evaluation.sets.a.path: missing; add it to the recipe or the command line"),
+        (["evaluation.sets={a/b: {path: x}}"], "evaluation: sets.a/b: a name is made of letters, digits, - and _"),
+        (["evaluation.sets.a.file=x"], "evaluation.sets.a.path: missing; add it to the recipe or the command line"),
+    ],
+)
+def test_a_mistaken_evaluation_set_is_one_line(run, options, line):
+    done = abkd("eval", run.path, *options)
+    assert done.code == 2 and done.err.startswith(f"abkd: {line}")
 
 
 def test_eval_of_a_model_needs_a_recipe(teacher_folder):

@@ -1,6 +1,7 @@
 """The before/after table, for a terminal."""
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -12,19 +13,23 @@ COLUMNS = {
     "alpha_beta": ("α-β (.2, .7)", "{:.3f}"),
     "token_agreement": ("agreement", "{:.1%}"),
     "next_token_loss": ("next-token", "{:.3f}"),
+    "entropy": ("entropy", "{:.3f}"),
     "rouge_l": ("ROUGE-L", "{:.1f}"),
     "num_parameters": ("parameters", "{:,}"),
 }
 MIN_WIDTH = 110
 TITLE = """Validation. Divergences from the teacher and next-token loss on the data: nats per token, lower is better.
-Agreement: tokens where student and teacher prefer the same one."""
+Agreement: tokens where student and teacher prefer the same one. Entropy: of the model's own rows, nats per token."""
+SETS_TITLE = """Evaluation sets: mean over prompts and sampling seeds, (standard deviation over seeds), 95 % bootstrap
+interval over the prompts. ROUGE-L or exact match, 0 to 100; Self-BLEU: how alike the answers are."""
 
 
 def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Measures of several models under each other; lower is better but for agreement and ROUGE-L.
 
     Args:
-        rows: name -> the measures of `measures.measure`; a measure that none has gets no column.
+        rows: name -> the measures of `measures.measure`; a measure that none has gets no column. Evaluation sets get a
+            table of their own.
     """
     shown = [key for key in COLUMNS if any(key in row for row in rows.values())]
     table = Table(title=TITLE, title_justify="left")
@@ -33,4 +38,30 @@ def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
         table.add_column(COLUMNS[key][0], justify="right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(name, *(COLUMNS[key][1].format(row[key]) if key in row else "" for key in shown))
-    Console(width=max(Console().width, MIN_WIDTH)).print(table)
+    console = Console(width=max(Console().width, MIN_WIDTH))
+    console.print(table)
+    if any("sets" in row for row in rows.values()):
+        console.print(_sets_table(rows))
+
+
+def _sets_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    names = list(dict.fromkeys(name for row in rows.values() for name in row.get("sets", {})))
+    table = Table(title=SETS_TITLE, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column("Self-BLEU", justify="right", no_wrap=True)
+    for model, row in rows.items():
+        if sets := row.get("sets"):
+            alike = [each["self_bleu"] for each in sets.values() if each["self_bleu"] is not None]
+            self_bleu = f"{fmean(alike):.1f}" if alike else ""
+            cells = [_set_cell(sets[name]) if name in sets else "" for name in names]
+            table.add_row(model, *cells, f"{row['sets_mean']:.1f}", self_bleu)
+    return table
+
+
+def _set_cell(measured: Mapping[str, Any]) -> str:
+    spread = "" if measured["sd"] is None else f" ({measured['sd']:.2f})"
+    low, high = measured["interval"]
+    return f"{measured['mean']:.1f}{spread}\n{low:.1f} to {high:.1f}"

@@ -6,14 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from abkd.divergences import Divergence
-from abkd.head import completion_logits
+from abkd.errors import InputError
+from abkd.head import LMHead, check_head, completion_hidden, completion_logits
 from abkd.objective import completion_mask
+from abkd.targets import DenseTargets, HiddenTargets, Targets
+
+ROWS = 256
+"""Tokens whose logits exist at a time: memory does not grow with the batch."""
 
 
 @torch.no_grad()
 def fidelity(
     student: nn.Module,
-    teacher_logits: Callable[..., Tensor] | None,
+    teacher_targets: Callable[..., Targets] | None,
     batches: Iterable[Mapping[str, Tensor]],
     divergences: Mapping[str, Divergence],
     *,
@@ -22,35 +27,55 @@ def fidelity(
     """Means over the completion tokens of all batches; temperature 1.
 
     Args:
-        teacher_logits: `InProcessTeacher.logits`, or any function of its signature; None where there is no teacher.
+        teacher_targets: `InProcessTeacher.targets`, or any function of its signature; None where there is no teacher.
         batches: as the collator makes them.
         divergences: name -> divergence; each name is a key of the result.
-        per_token: called with the log-probabilities of student and teacher, `[N, vocab]`, of every batch.
+        per_token: called with the log-probabilities of student and teacher, `[rows, vocab]`, of all tokens in turn.
 
     Returns:
-        `next_token_loss` (cross-entropy of the student with the data, nats per token) and `num_tokens`; with a teacher
-        each divergence (nats per token) and `token_agreement` (share of tokens where both have the same most
-        probable token, 0 to 1).
+        `next_token_loss` (cross-entropy of the student with the data, nats per token), `entropy` (Shannon entropy of
+        the student, nats per token) and `num_tokens`; with a teacher each divergence (nats per token) and
+        `token_agreement` (share of tokens where both have the same most probable token, 0 to 1).
     """
     was_training = student.training
     student.eval()
     device = next(student.parameters()).device
-    names = [*divergences, "token_agreement", "next_token_loss"] if teacher_logits else ["next_token_loss"]
+    has_head = _has_head(student)
+    names = ["next_token_loss", "entropy", *([*divergences, "token_agreement"] if teacher_targets else [])]
     sums, num_tokens = dict.fromkeys(names, 0.0), 0
     for batch in batches:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels, example_ids = batch.pop("labels"), batch.pop("example_ids")
-        batch["mask"] = completion_mask(labels)
-        tokens = labels[:, 1:][batch["mask"]]
-        q = completion_logits(student, **batch).float().log_softmax(dim=-1)
-        sums["next_token_loss"] -= q.gather(-1, tokens.unsqueeze(-1)).sum().item()
+        labels, example_ids = batch["labels"], batch["example_ids"]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"mask": completion_mask(labels)}
+        tokens = labels[:, 1:][inputs["mask"]]
         num_tokens += len(tokens)
-        if teacher_logits is None:
-            continue
-        p = teacher_logits(**batch, example_ids=example_ids).to(device).float().log_softmax(dim=-1)
-        for name, divergence in divergences.items():
-            sums[name] += divergence(student=q, teacher=p).sum().item()
-        sums["token_agreement"] += (q.argmax(dim=-1) == p.argmax(dim=-1)).sum().item()
-        per_token(q, p)
+        rows = _targets(student, has_head, inputs)
+        teacher_rows = teacher_targets(**inputs, example_ids=example_ids) if teacher_targets else None
+        for start in range(0, len(tokens), ROWS):
+            stop = min(start + ROWS, len(tokens))
+            q = rows.logits(start, stop).log_softmax(dim=-1)
+            sums["next_token_loss"] -= q.gather(-1, tokens[start:stop].unsqueeze(-1)).sum().item()
+            sums["entropy"] += torch.special.entr(q.exp()).sum().item()
+            if teacher_rows is None:
+                continue
+            p = teacher_rows.logits(start, stop).to(device).log_softmax(dim=-1)
+            for name, divergence in divergences.items():
+                sums[name] += divergence(student=q, teacher=p).sum().item()
+            sums["token_agreement"] += (q.argmax(dim=-1) == p.argmax(dim=-1)).sum().item()
+            per_token(q, p)
     student.train(was_training)
     return {name: total / max(num_tokens, 1) for name, total in sums.items()} | {"num_tokens": num_tokens}
+
+
+def _has_head(model: nn.Module) -> bool:
+    try:
+        check_head(model)
+    except InputError:
+        return False
+    return True
+
+
+def _targets(model: nn.Module, has_head: bool, inputs: dict[str, Tensor]) -> Targets:
+    if not has_head:
+        return DenseTargets(completion_logits(model, **inputs))
+    return HiddenTargets(completion_hidden(model, **inputs), LMHead.read(model))

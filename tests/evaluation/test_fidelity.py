@@ -30,7 +30,7 @@ def batches():
 
 def test_means_over_all_tokens_equal_torch():
     student, teacher = make_llama(VOCAB, seed=1), make_llama(VOCAB, seed=2)
-    measured = fidelity(student, InProcessTeacher(teacher).logits, batches(), DIVERGENCES)
+    measured = fidelity(student, InProcessTeacher(teacher).targets, batches(), DIVERGENCES)
     q, p, tokens = [], [], []
     for batch in batches():
         mask = completion_mask(batch["labels"])
@@ -50,7 +50,7 @@ def test_means_over_all_tokens_equal_torch():
 def test_a_model_is_at_no_distance_from_itself_and_keeps_its_mode():
     model = make_llama(VOCAB).train()
     twin = make_llama(VOCAB)
-    measured = fidelity(model, InProcessTeacher(twin).logits, batches(), DIVERGENCES)
+    measured = fidelity(model, InProcessTeacher(twin).targets, batches(), DIVERGENCES)
     assert measured["forward_kl"] == measured["reverse_kl"] == measured["alpha_beta"] == 0
     assert measured["token_agreement"] == 1
     assert model.training
@@ -61,7 +61,7 @@ def test_rows_are_handed_on_as_log_probabilities():
     teacher = InProcessTeacher(make_llama(VOCAB, seed=2))
     fidelity(
         make_llama(VOCAB),
-        teacher.logits,
+        teacher.targets,
         batches(),
         DIVERGENCES,
         per_token=lambda student, teacher: seen.append((student, teacher)),

@@ -1,0 +1,55 @@
+"""Trained students side by side, beside their teacher and what they were before."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from abkd.config import Recipe
+from abkd.inputs import Inputs
+from abkd.measures import measure
+from abkd.rundir import EVALUATION
+from abkd.setup import Say, Setup, make_student, prepare
+
+
+class Target(NamedTuple):
+    recipe: Recipe
+    """Its student is the model to be measured."""
+    before: Recipe
+    """Its student is what the model was before training."""
+    folder: Path | None
+    """Of the run, whose answers are kept there; None for a model that is no run."""
+
+
+def evaluate(targets: Mapping[str, Target], inputs: Inputs, say: Say) -> dict[str, Any]:
+    """`measures.measure` of the teacher, of each different student before training, and of every target, in this order.
+
+    Args:
+        targets: by name, of one teacher, one data set and one protocol, which are those of `inputs`. A lone one is
+            called `student`.
+    """
+    first = next(iter(targets.values()))
+    setup = prepare(first.recipe, inputs, say)
+    measured: dict[str, Any] = {}
+    if setup.teacher is not None:
+        measured["teacher"] = measure(first.recipe, setup, setup.teacher.model, _keep(first, "teacher"))
+    before: dict[str, str] = {}
+    for name, target in targets.items():
+        student = target.before.student.model_dump_json()
+        if student not in before:
+            before[student] = name
+            measured[f"before {name}"] = _measure(target, target.before, setup, "before", say)
+    if len(before) == 1:
+        measured = {("before" if name.startswith("before ") else name): row for name, row in measured.items()}
+    for name, target in targets.items():
+        shown = name if len(targets) > 1 else "student"
+        measured[shown] = _measure(target, target.recipe, setup, "after", say)
+    return measured
+
+
+def _measure(target: Target, recipe: Recipe, setup: Setup, name: str, say: Say) -> dict[str, Any]:
+    say(f"measuring {target.recipe.student.path if name == 'after' else 'the student before training'}")  # type: ignore[union-attr]
+    return measure(target.recipe, setup, make_student(recipe, setup, say), _keep(target, name))
+
+
+def _keep(target: Target, name: str) -> Path | None:
+    return target.folder and target.folder / EVALUATION / name
