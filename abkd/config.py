@@ -293,6 +293,10 @@ class Data(Section):
     """Only the first so many rows of train, after the hold-out; 0 for all."""
     max_validation_rows: CountOrZero = 0
     """Only the first so many rows of validation; 0 for all."""
+    corpus: str = ""
+    """Plain text for objective.lm_weight: a text file (one document) or JSONL with a field text, also .gz."""
+    corpus_tokens: Annotated[int, Field(ge=2)] = 512
+    """Length of the corpus's blocks, of which a micro-batch takes training.batch_size."""
     prompt_format: Literal["chat", "alpaca", "plain"] = "chat"
     """chat: the tokenizer's chat template. alpaca: the paper's prompt. plain: both joined as they are."""
     max_prompt_tokens: Count = 256
@@ -326,6 +330,8 @@ class Objective(Section):
     """Of the divergence from the teacher."""
     ce_weight: NonNegative = 0.0
     """Of the cross-entropy with the data."""
+    lm_weight: NonNegative = 0.0
+    """Of the student's next-token loss on data.corpus."""
     kd_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the training over which kd_weight rises linearly from 0; DKD's recipe has 20 of 240 epochs."""
 
@@ -511,6 +517,13 @@ class Recipe(Section):
             raise ValueError(
                 "student.kind=shrink needs a teacher to shrink; set teacher.path, or student.kind=pretrained"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_corpus_where_it_counts(self):
+        if bool(self.data.corpus) != (self.objective.lm_weight > 0):
+            found = f"data.corpus={self.data.corpus!r} and objective.lm_weight={self.objective.lm_weight:g}"
+            raise ValueError(f"{found} go together; set both, or neither")
         return self
 
     @model_validator(mode="after")

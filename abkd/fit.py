@@ -43,6 +43,10 @@ def step_memory_of(recipe: Recipe, train: Sequence[Example] = ()) -> StepMemory:
         longest = max([recipe.data.max_prompt_tokens] if not train else [len(example.prompt_ids) for example in train])
         lengths = [max(length, longest + recipe.rollouts.max_new_tokens) for length in lengths]
         completions = [max(length, recipe.rollouts.max_new_tokens) for length in completions]
+    if recipe.data.corpus:  # the blocks' forward and that of the examples wait for one backward
+        corpus_tokens = recipe.data.corpus_tokens
+        lengths = [*[max(lengths[-1], corpus_tokens)] * size, *lengths]
+        completions += [corpus_tokens - 1] * size
     objective = make_objective(recipe.objective).at(1.0)
 
     def make_models() -> tuple[PreTrainedModel, PreTrainedModel | None]:
@@ -67,7 +71,7 @@ def step_memory_of(recipe: Recipe, train: Sequence[Example] = ()) -> StepMemory:
     assert loss is not None and not isinstance(loss, AlphaBetaSchedule)
     step = Step(
         batch_size=len(lengths),
-        length=lengths[-1],
+        length=max(lengths),
         num_tokens=sum(completions),
         loss=loss,
         autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,

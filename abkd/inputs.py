@@ -44,6 +44,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
     else:
         train, validation = hold_out(train, recipe.data.num_held_out, "data.num_held_out")
     train = train[: recipe.data.max_train_rows or None]
+    if recipe.data.corpus and not (corpus := find_path(recipe.data.corpus, "data.corpus")).is_file():
+        raise InputError(f"data.corpus: there is no file {str(corpus)!r}; give a text or JSONL file")
     sets = {}
     for name, section in recipe.evaluation.sets.items():
         field = f"evaluation.sets.{name}.path"

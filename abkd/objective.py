@@ -11,7 +11,7 @@ from abkd.calibrations import Calibration, Plain
 from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence
 from abkd.errors import InputError
 from abkd.head import LMHead
-from abkd.kernels import linear_loss
+from abkd.kernels import linear_cross_entropy, linear_loss
 from abkd.targets import Targets
 
 IGNORED_LABEL = -100
@@ -105,14 +105,14 @@ class Objective:
         """Why `linear` cannot be used, in a few words; empty where it can."""
         if not isinstance(self.calibration, Plain):
             return f"the calibration {self.calibration.kind}"  # type: ignore[union-attr]
-        return "" if self.kd_weight > 0 else "kd_weight=0"
+        return ""
 
     def linear(
         self,
         *,
         student_hidden: Tensor,
         student_head: LMHead,
-        targets: Targets,
+        targets: Targets | None,
         labels: Tensor,
         num_tokens: Tensor | int,
     ) -> Loss:
@@ -120,12 +120,17 @@ class Objective:
 
         Args:
             student_hidden: `[N, hidden]`, what the student's head receives at the counted tokens.
-            targets: of the teacher at the same tokens.
+            targets: of the teacher at the same tokens; None only where kd_weight is 0.
             labels, num_tokens: as in a call.
         """
         plain = self.calibration
         assert isinstance(plain, Plain) and not isinstance(plain.divergence, AlphaBetaSchedule)
         each = torch.full((len(labels),), 1 / max(int(num_tokens), 1), device=labels.device)
+        if self.kd_weight == 0:
+            total, ce = linear_cross_entropy(student_hidden, student_head, labels, weights=self.ce_weight * each)
+            return Loss(total, torch.zeros_like(total), ce.sum())
+        if targets is None:
+            raise InputError("targets is None, and kd_weight is above 0; give them, or set kd_weight=0")
         cross_entropy = {"labels": labels, "ce_weights": self.ce_weight * each} if self.ce_weight > 0 else {}
         total, divergence, _, ce = linear_loss(
             student_hidden,

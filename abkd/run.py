@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from abkd import config
 from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, quiet
+from abkd.data.corpus import Corpus
 from abkd.errors import InputError
 from abkd.inputs import Inputs
 from abkd.measures import measure, measure_before
@@ -84,6 +85,8 @@ def make_trainer(
         callbacks=[MetricsWriter(run_dir.log), *callbacks],
         group_by_length=options.group_by_length,
         rollouts=make_rollouts(recipe.rollouts),
+        corpus=None if setup.corpus is None else Corpus(setup.corpus, options.seed),
+        lm_weight=recipe.objective.lm_weight,
         logits=options.logits,
     )
     quiet(trainer)

@@ -1,11 +1,14 @@
 """A recipe and its inputs -> tokenizer, examples, teacher and student, loaded."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from abkd import config
+from abkd.data.corpus import read_blocks
 from abkd.data.instructions import EncodingCounts, Example, encode
 from abkd.evaluation.sets import EvaluationSet
 from abkd.fit import say_memory
@@ -13,6 +16,7 @@ from abkd.inputs import Inputs
 from abkd.models.pretrained import load_model, load_tokenizer
 from abkd.models.students import shrink
 from abkd.parts import freeze
+from abkd.paths import find_path
 from abkd.teachers.in_process import InProcessTeacher
 from abkd.vocab import align_widths, check_same_vocabulary
 
@@ -28,6 +32,8 @@ class Setup:
     train: list[Example]
     validation: list[Example]
     sets: dict[str, EvaluationSet] = field(default_factory=dict)
+    corpus: Tensor | None = None
+    """`[num_blocks, block_tokens]`"""
 
 
 def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = False) -> Setup:
@@ -45,13 +51,16 @@ def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = Fa
         references = [example.references or (example.completion,) for example in examples]
         prompts = [example.prompt for example in examples]
         sets[name] = EvaluationSet(prompts, references, recipe.evaluation.sets[name].metric)
+    corpus = None
     if to_train:
+        if recipe.data.corpus:
+            corpus = _read_corpus(recipe, tokenizer, say)
         say_memory(recipe, say, train)
     if recipe.teacher is None:
-        return Setup(None, tokenizer, train, validation, sets)
+        return Setup(None, tokenizer, train, validation, sets, corpus)
     say(f"loading the teacher {recipe.teacher.path}")
     model = load_model(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
-    return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation, sets)
+    return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation, sets, corpus)
 
 
 def tokenizer_of(recipe: config.Recipe) -> PreTrainedTokenizerBase:
@@ -60,6 +69,16 @@ def tokenizer_of(recipe: config.Recipe) -> PreTrainedTokenizerBase:
         return load_tokenizer(recipe.teacher.path, "teacher.path")
     assert isinstance(recipe.student, config.Pretrained)
     return load_tokenizer(recipe.student.path, "student.path")
+
+
+def _read_corpus(recipe: config.Recipe, tokenizer: PreTrainedTokenizerBase, say: Say) -> Tensor:
+    """As many blocks as the steps need, or all where epochs decide."""
+    options, size = recipe.training, recipe.data.corpus_tokens
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    needed = options.num_steps * options.accumulation * options.batch_size * ranks
+    blocks, num_left = read_blocks(find_path(recipe.data.corpus, "data.corpus"), "data.corpus", tokenizer, size, needed)
+    say(f"corpus: {len(blocks):,} blocks of {size:,} tokens, {num_left:,} tokens left over")
+    return blocks
 
 
 def make_student(recipe: config.Recipe, setup: Setup, say: Say) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from abkd.data.batches import Collator, LengthGroupedSampler, batches_by_length, num_tokens
+from abkd.data.corpus import Corpus
 from abkd.data.instructions import Example
 from abkd.data.rollouts import SAMPLED_ID, Adaptive, Rollouts, roll_out
 from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence, ForwardKL, ReverseKL
@@ -40,6 +41,8 @@ class DistillationTrainer(Trainer):
         train_examples, validation_examples: tokenised instructions.
         tokenizer: pads the batches, and is saved beside the student.
         group_by_length: batches of examples of like length.
+        corpus, lm_weight: lm_weight times the mean next-token loss of the student over the corpus's tokens of the step
+            is added; a micro-batch takes as many blocks as its batch size. Both or neither.
         rollouts: samples the completions of some steps, see `abkd.data.rollouts`; None trains on the data's alone. Of a
             sampled completion the divergence counts, and no cross-entropy: there is no right answer to it.
         logits: "dense" makes all logits of a batch; "fused" makes them chunk by chunk (`abkd.kernels`), which
@@ -47,7 +50,7 @@ class DistillationTrainer(Trainer):
             `how_logits` says in one line which it is and why.
 
     The gradient of an optimiser step is that of the mean over all its counted tokens, however they are
-    spread over micro-batches and ranks. Logs `loss`, its terms `kd` and `ce` (means per token),
+    spread over micro-batches and ranks. Logs `loss`, its terms `kd`, `ce` and, with a corpus, `lm` (means per token),
     `num_tokens` and, under a schedule, `alpha` and `beta`. A loss that is not finite stops the training with a message.
     """
 
@@ -66,6 +69,8 @@ class DistillationTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         group_by_length: bool = False,
         rollouts: Rollouts | None = None,
+        corpus: Corpus | None = None,
+        lm_weight: float = 0.0,
         logits: Literal["auto", "fused", "dense"] = "auto",
     ):
         if args.n_gpu > 1:
@@ -74,6 +79,8 @@ class DistillationTrainer(Trainer):
             )
         if teacher is None and objective.kd_weight > 0:
             raise InputError("teacher is None, and the objective's kd_weight is above 0; give one, or set kd_weight=0")
+        if (corpus is None) != (lm_weight == 0):
+            raise InputError(f"lm_weight={lm_weight:g} and a corpus go together; give both, or neither")
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False
         super().__init__(
@@ -88,11 +95,12 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher
         self.objective = objective
         self.group_by_length = group_by_length
-        self.rollouts = rollouts
+        self.rollouts, self.corpus, self.lm_weight = rollouts, corpus, lm_weight
+        self._micro_batch, self._num_micro_batches = 0, args.gradient_accumulation_steps
         self.fused, self.how_logits = _choose_logits(self.model, objective, logits)
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the step's tokens
         self._exponents: dict[str, float] = {}
-        self._logged = dict.fromkeys(("kd", "ce", "num_tokens"), 0.0)
+        self._logged = dict.fromkeys(("kd", "ce", "num_tokens", "lm", "lm_tokens"), 0.0)
 
     def compute_loss(
         self,
@@ -113,8 +121,10 @@ class DistillationTrainer(Trainer):
             "labels": labels[:, 1:][mask],
             "num_tokens": mask.sum() if num_items_in_batch is None else num_items_in_batch,
         }
-        if self.fused and self.teacher is not None:
-            targets = self.teacher.targets(**batch, example_ids=example_ids)
+        if self.fused:
+            targets = None
+            if self.teacher is not None and objective.kd_weight > 0:
+                targets = self.teacher.targets(**batch, example_ids=example_ids)
             hidden = completion_hidden(model, **batch)
             head = LMHead.read(model)  # after the forward: a wrapper may have put another weight there
             loss = objective.linear(student_hidden=hidden, student_head=head, targets=targets, **counted)
@@ -123,21 +133,47 @@ class DistillationTrainer(Trainer):
             if self.teacher is not None and self.objective.kd_weight > 0:
                 teacher_logits = self.teacher.logits(**batch, example_ids=example_ids).to(labels.device)
             loss = objective(student_logits=completion_logits(model, **batch), teacher_logits=teacher_logits, **counted)
-        if not torch.isfinite(loss.total):
+        total, lm_sum = loss.total, loss.total.new_zeros(())
+        if self.corpus is not None and model.training:
+            term, lm_sum = self._lm_term(model)
+            total = total + term
+        if not torch.isfinite(total):
             raise InputError(
-                f"the loss is {loss.total.item()} at step {self.state.global_step + 1}; lower training.learning_rate "
+                f"the loss is {total.item()} at step {self.state.global_step + 1}; lower training.learning_rate "
                 "or choose a divergence that is finite where a probability is 0"
             )
         self._logged["kd"] += loss.kd_sum.item()
         self._logged["ce"] += loss.ce_sum.item()
+        self._logged["lm"] += lm_sum.item()
         self._logged["num_tokens"] += int(mask.sum())
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            return loss.total * self.accelerator.num_processes  # undone by the mean of gradients over ranks
-        return loss.total
+            return total * self.accelerator.num_processes  # undone by the mean of gradients over ranks
+        return total
+
+    def _lm_term(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """lm_weight * this micro-batch's part of the step's mean next-token loss on the corpus; its sum, detached."""
+        assert self.corpus is not None
+        size, ranks = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        micro_batch = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_batch
+        self._micro_batch += 1
+        first = (micro_batch * ranks + self.args.process_index) * size
+        ids = self.corpus.rows(first, size).to(self.args.device)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": torch.ones_like(ids[:, 1:]).bool()}
+        labels = ids[:, 1:].flatten()
+        counted = {"labels": labels, "num_tokens": len(labels) * self._num_micro_batches * ranks}
+        language = Objective(kd_weight=0.0, ce_weight=self.lm_weight)
+        if self.fused:
+            hidden = completion_hidden(model, **batch)
+            loss = language.linear(student_hidden=hidden, student_head=LMHead.read(model), targets=None, **counted)
+        else:
+            loss = language(student_logits=completion_logits(model, **batch), teacher_logits=None, **counted)
+        self._logged["lm_tokens"] += len(labels)
+        return loss.total, loss.ce_sum
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one step and its count of tokens, of the data or rolled out."""
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro_batch, self._num_micro_batches = 0, len(batches)
         if self.rollouts is None or not batches:
             return batches, num_tokens
 
@@ -187,6 +223,8 @@ class DistillationTrainer(Trainer):
             sums, self._logged = self._logged, dict.fromkeys(self._logged, 0.0)
             num_tokens = max(sums["num_tokens"], 1)
             logs |= {"kd": sums["kd"] / num_tokens, "ce": sums["ce"] / num_tokens, "num_tokens": sums["num_tokens"]}
+            if self.corpus is not None:
+                logs["lm"] = sums["lm"] / max(sums["lm_tokens"], 1)
             logs |= self._exponents
             if self.rollouts is not None:
                 logs |= self._rollout_logs(self.rollouts)

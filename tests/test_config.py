@@ -199,6 +199,13 @@ def test_rollouts_that_do_not_fit_the_rest_are_refused(minimal_file, overrides, 
     assert message in line
 
 
+def test_a_corpus_and_its_weight_go_together(minimal_file):
+    line = "recipe: data.corpus='' and objective.lm_weight=1 go together; set both, or neither"
+    assert refusal(minimal_file, "objective.lm_weight=1") == [line]
+    (line,) = refusal(minimal_file, "data.corpus=x.txt")
+    assert "data.corpus='x.txt' and objective.lm_weight=0 go together" in line
+
+
 def test_epochs_may_decide_instead_of_steps(minimal_file):
     training = read_recipe(str(minimal_file), ["training.num_steps=0", "training.num_epochs=1.5"]).training
     assert (training.num_steps, training.num_epochs) == (0, 1.5)

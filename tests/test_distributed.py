@@ -8,17 +8,23 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from test_fused import LORA_WARNING, with_lora
-from test_trainer import make_trainer, weights
+from test_trainer import corpus, make_trainer, weights
 
 from abkd.data.rollouts import OnPolicy
 from abkd.generation import Sampling
 
 HERE = Path(__file__)
 ROLLOUTS = OnPolicy(Sampling(6))
-CASES = {"tied": {}, "untied": {"tied": False}, "LoRA": {"lora": True}, "dense": {"logits": "dense"}}
+CASES = {
+    "tied": {},
+    "untied": {"tied": False},
+    "LoRA": {"lora": True},
+    "dense": {"logits": "dense"},
+    "corpus": {"lm_weight": 1.5},
+}
 
 
-def train(folder, *, batch_size, logits="fused", tied=True, lora=False, rollouts=None):
+def train(folder, *, batch_size, logits="fused", tied=True, lora=False, rollouts=None, lm_weight=0.0):
     tokenizer = make_tokenizer()
     student = make_llama(len(tokenizer), layers=2, tied=tied, seed=3)
     student = with_lora(student) if lora else student
@@ -28,6 +34,8 @@ def train(folder, *, batch_size, logits="fused", tied=True, lora=False, rollouts
         student=student,
         logits=logits,
         rollouts=rollouts,
+        lm_weight=lm_weight,
+        corpus=corpus(tokenizer) if lm_weight else None,
         max_steps=3,
         learning_rate=0.02,
         per_device_train_batch_size=batch_size,

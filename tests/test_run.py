@@ -143,6 +143,26 @@ def test_a_pretrained_student_of_the_family_trains(recipe_file, teacher_folder, 
     assert results["after"]["num_parameters"] < results["teacher"]["num_parameters"]
 
 
+def test_a_run_with_a_corpus_learns_it_and_resumes(recipe_file, tmp_path, capsys):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("The cat likes milk, and the dog likes rain. " * 40, encoding="utf-8")
+    options = [f"data.corpus={corpus}", "data.corpus_tokens=16", "objective.lm_weight=1", "training.save_every=2"]
+    options += ["training.num_steps=6", "training.learning_rate=1e-2"]
+    assert cli.main(["train", str(recipe_file), *options]) == cli.DONE
+    assert "corpus: 12 blocks of 16 tokens, 0 tokens left over" in capsys.readouterr().out
+    lines = [line["lm"] for line in RunDir(tmp_path / "run").read_metrics() if "lm" in line]
+    assert len(lines) == 6 and lines[-1] < lines[0]
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    again = RunDir(tmp_path / "again")
+    for path in (again.student, again.checkpoints / "checkpoint-6"):
+        shutil.rmtree(path)
+    (again.path / "results.json").unlink()
+    recipe = again.path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(tmp_path / "run"), str(again.path)))
+    assert cli.main(["train", str(recipe), "resume=true"]) == cli.DONE
+    assert [line["lm"] for line in again.read_metrics() if "lm" in line] == lines
+
+
 @pytest.mark.parametrize("kind", ["on_policy", "mixed", "adaptive"])
 def test_a_run_with_rollouts_logs_what_it_sampled(recipe_file, tmp_path, kind):
     options = [f"rollouts.kind={kind}", "rollouts.max_new_tokens=5", "training.validate_every=2"]

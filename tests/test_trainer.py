@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from abkd import AlphaBeta, DistillationTrainer, ForwardKL, InProcessTeacher, InputError, Objective
 from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, quiet
+from abkd.data.corpus import Corpus
 from abkd.data.instructions import Example
 from abkd.divergences import AlphaBetaSchedule, Ramp
 from abkd.models.students import shrink
@@ -31,7 +32,8 @@ def examples(count, tokenizer, seed=0):
 
 
 def make_trainer(tokenizer, folder, *, student=None, objective=None, teacher="a Llama", count=8, callbacks=(),
-                 remember=False, grouped=False, logits="auto", rollouts=None, **options):  # fmt: skip
+                 remember=False, grouped=False, logits="auto", rollouts=None,
+                 corpus=None, lm_weight=0.0, **options):  # fmt: skip
     arguments = {
         "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.1,
         "optim": "sgd",
@@ -50,6 +52,8 @@ def make_trainer(tokenizer, folder, *, student=None, objective=None, teacher="a 
         callbacks=callbacks,
         group_by_length=grouped,
         rollouts=rollouts,
+        corpus=corpus,
+        lm_weight=lm_weight,
         logits=logits,
     )
     quiet(trainer)
@@ -126,7 +130,7 @@ def test_without_a_teacher_the_step_is_sgd_on_the_models_own_loss(tokenizer, tmp
     trainer = make_trainer(
         tokenizer, tmp_path, student=student, teacher=None, objective=Objective(kd_weight=0, ce_weight=1)
     )
-    assert trainer.how_logits == "logits: dense, because of kd_weight=0"
+    assert trainer.how_logits == "logits: fused with the divergence, chunk by chunk"
     expected = copy.deepcopy(trainer.model)
     batch = trainer.data_collator(trainer.train_dataset)
     batch.pop("example_ids")
@@ -135,7 +139,65 @@ def test_without_a_teacher_the_step_is_sgd_on_the_models_own_loss(tokenizer, tmp
         parameter.data -= 0.1 * parameter.grad
     trainer.train()
     torch.testing.assert_close(weights(trainer), torch.cat([p.detach().flatten() for p in expected.parameters()]))
-    assert set(trainer.evaluate()) - {"epoch"} == {"validation_next_token_loss", "validation_num_tokens"}
+    assert set(trainer.evaluate()) - {"epoch"} == {
+        "validation_next_token_loss",
+        "validation_entropy",
+        "validation_num_tokens",
+    }
+
+
+def corpus(tokenizer):
+    blocks = torch.randint(5, len(tokenizer), (13, 9), generator=torch.Generator().manual_seed(4))
+    return Corpus(blocks, seed=3)
+
+
+@pytest.mark.parametrize("logits", ["dense", "fused"])
+def test_the_lm_term_is_the_mean_loss_on_the_corpus(tokenizer, tmp_path, logits):
+    student = shrink(make_llama(len(tokenizer)), 2)
+    expected = copy.deepcopy(student)
+    objective = Objective(kd_weight=0.0, ce_weight=1.0)
+    options = {"student": student, "objective": objective, "teacher": None, "logits": logits, "max_steps": 2}
+    trainer = make_trainer(tokenizer, tmp_path, **options, corpus=corpus(tokenizer), lm_weight=0.7)
+    trainer.train()
+    everything = corpus(tokenizer).rows(0, 16)
+    for step in (0, 1):
+        batch = trainer.data_collator(examples(8, tokenizer))
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        blocks = everything[8 * step : 8 * step + 8]
+        lm = expected(input_ids=blocks, labels=blocks).loss
+        (expected(**inputs, labels=batch["labels"]).loss + 0.7 * lm).backward()
+        for parameter in expected.parameters():
+            parameter.data -= 0.1 * parameter.grad
+            parameter.grad = None
+        assert trainer.state.log_history[step]["lm"] == pytest.approx(lm.item(), rel=1e-4)
+    torch.testing.assert_close(
+        weights(trainer), torch.cat([p.detach().flatten() for p in expected.parameters()]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_micro_batches_take_the_blocks_of_the_whole_step(tokenizer, tmp_path):
+    found = [
+        make_trainer(
+            tokenizer,
+            tmp_path,
+            corpus=corpus(tokenizer),
+            lm_weight=2.0,
+            max_steps=3,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+        )
+        for size in (8, 2)
+    ]
+    for trainer in found:
+        trainer.train()
+    torch.testing.assert_close(*map(weights, found), rtol=1e-4, atol=1e-5)
+
+
+def test_a_corpus_and_its_weight_go_together(tokenizer, tmp_path):
+    with pytest.raises(InputError, match="lm_weight=0 and a corpus go together"):
+        make_trainer(tokenizer, tmp_path, corpus=corpus(tokenizer))
+    with pytest.raises(InputError, match="lm_weight=1 and a corpus go together"):
+        make_trainer(tokenizer, tmp_path, lm_weight=1.0)
 
 
 def test_the_teacher_is_not_trained_and_a_frozen_head_stays(tokenizer, tmp_path):

@@ -81,7 +81,9 @@ def read_instructions(path: Path, field: str) -> list[Instruction]:
     """
     if not path.is_file():
         raise InputError(f"{field}: there is no file {str(path)!r}; give a JSONL file")
-    instructions = [row for number, line in _lines(path, field) if line for row in _parse(line, f"{path}:{number}")]
+    instructions = [
+        row for number, line in read_lines(path, field) if line.strip() for row in _parse(line, f"{path}:{number}")
+    ]
     if not instructions:
         raise InputError(f"{field}: {path} is empty; it must hold one JSON object a line: {FORMATS}")
     return instructions
@@ -228,12 +230,13 @@ def _completion_ids(completion: str, tokenizer: Any) -> list[int]:
     return [*ids[: ids.index(end)], end] if end in ids else [*ids, end]
 
 
-def _lines(path: Path, field: str) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path, field: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line without its end) of a UTF-8 file, gzipped or not. Raises InputError with file and line."""
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         place = f"byte {error.start + 1} is {error.object[error.start]:#04x}"
         raise InputError(f"{path}:{number}: not UTF-8 text ({place}); save the file as UTF-8") from None
