@@ -8,6 +8,8 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from abkd.diagnostics import Diagnosis
+
 
 class MetricsWriter(TrainerCallback):
     """Hands every log line, step included, to a function."""
@@ -18,6 +20,20 @@ class MetricsWriter(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "train_runtime" not in logs:
             self.write({"step": state.global_step} | logs)
+
+
+class Watch(TrainerCallback):
+    """Says what `Diagnosis` finds in the log, once each, and writes it beside the figures."""
+
+    def __init__(self, say: Callable[[str], None], write: Callable[[dict[str, Any]], None]):
+        self.say, self.write = say, write
+        self.diagnosis = Diagnosis()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            for words in self.diagnosis.read(state.global_step, logs):
+                self.say(words)
+                self.write({"step": state.global_step, "warning": words})
 
 
 class ProgressBar(TrainerCallback):

@@ -438,6 +438,9 @@ class Training(Section):
     """Order of the data and dropout."""
     log_every: Count = 1
     """Steps between lines of metrics.jsonl."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the log goes besides metrics.jsonl; each needs its own package. TensorBoard's files go to the run's folder.
+    """
     validate_every: CountOrZero = 0
     """Steps between validations during training; 0 for none but before and after."""
     save_every: CountOrZero = 0

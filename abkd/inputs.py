@@ -1,5 +1,6 @@
 """What a recipe names, found, read and checked in under a second: before torch is imported, before any long work."""
 
+import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ def check_inputs(recipe: Recipe) -> Inputs:
         _check_resumable(recipe, run_dir)
     else:
         run_dir.check_new()
+    for package in recipe.training.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"training.report_to: {package} is not installed; pip install {package}, or leave it out")
     named = {"teacher.path": recipe.teacher.path} if recipe.teacher else {}
     if recipe.student.kind == "pretrained":
         named["student.path"] = recipe.student.path

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from abkd import config
-from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, quiet
+from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, Watch, quiet
 from abkd.data.corpus import Corpus
 from abkd.errors import InputError
 from abkd.inputs import Inputs
@@ -45,6 +45,7 @@ def make_trainer(
     recipe: config.Recipe, setup: Setup, student: PreTrainedModel, run_dir: RunDir, callbacks: Sequence[Any] = ()
 ) -> DistillationTrainer:
     options = recipe.training
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.path / "tensorboard")
     schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
     try:
         arguments = TrainingArguments(
@@ -69,7 +70,7 @@ def make_trainer(
             save_strategy="steps" if options.save_every else "no",
             save_steps=options.save_every or 1,
             save_total_limit=2,
-            report_to="none",
+            report_to=list(options.report_to) or "none",
             disable_tqdm=True,
         )
     except ValueError as error:
@@ -109,7 +110,7 @@ def distil(
     if not recipe.resume:
         run_dir.create(recipe.to_yaml())
     stop, bar = StopOnInterrupt(say), ProgressBar(run_dir.path.name)
-    trainer = make_trainer(recipe, setup, student, run_dir, [stop, bar])
+    trainer = make_trainer(recipe, setup, student, run_dir, [stop, bar, Watch(say, run_dir.log)])
     say(trainer.how_logits)
     if setup.teacher is not None:
         setup.teacher.model.to(trainer.args.device)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence, ForwardKL
 from abkd.errors import InputError
 from abkd.evaluation.fidelity import fidelity
 from abkd.head import LMHead, check_head, completion_hidden, completion_logits
+from abkd.log import StepLog, figures
 from abkd.objective import Objective, completion_mask
 from abkd.rundir import WHOLE_MARK
+from abkd.targets import DenseTargets, HiddenTargets, Targets
 from abkd.teachers.in_process import InProcessTeacher
 
 VALIDATION_DIVERGENCES: dict[str, Divergence] = {
@@ -50,8 +53,8 @@ class DistillationTrainer(Trainer):
             `how_logits` says in one line which it is and why.
 
     The gradient of an optimiser step is that of the mean over all its counted tokens, however they are
-    spread over micro-batches and ranks. Logs `loss`, its terms `kd`, `ce` and, with a corpus, `lm` (means per token),
-    `num_tokens` and, under a schedule, `alpha` and `beta`. A loss that is not finite stops the training with a message.
+    spread over micro-batches and ranks. Logs what docs/metrics.md lists. A loss that is not finite stops the training
+    with a message.
     """
 
     control: TrainerControl
@@ -100,7 +103,7 @@ class DistillationTrainer(Trainer):
         self.fused, self.how_logits = _choose_logits(self.model, objective, logits)
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the step's tokens
         self._exponents: dict[str, float] = {}
-        self._logged = dict.fromkeys(("kd", "ce", "num_tokens", "lm", "lm_tokens"), 0.0)
+        self._log, self._look_at_rows = StepLog(), False
 
     def compute_loss(
         self,
@@ -121,37 +124,39 @@ class DistillationTrainer(Trainer):
             "labels": labels[:, 1:][mask],
             "num_tokens": mask.sum() if num_items_in_batch is None else num_items_in_batch,
         }
+        teacher = self.teacher if objective.kd_weight > 0 else None
+        teach = {**batch, "example_ids": example_ids}
+        targets: Targets | None
         if self.fused:
-            targets = None
-            if self.teacher is not None and objective.kd_weight > 0:
-                targets = self.teacher.targets(**batch, example_ids=example_ids)
+            targets = teacher.targets(**teach) if teacher else None
             hidden = completion_hidden(model, **batch)
             head = LMHead.read(model)  # after the forward: a wrapper may have put another weight there
+            rows: Targets = HiddenTargets(hidden.detach(), head)
             loss = objective.linear(student_hidden=hidden, student_head=head, targets=targets, **counted)
         else:
-            teacher_logits = None
-            if self.teacher is not None and self.objective.kd_weight > 0:
-                teacher_logits = self.teacher.logits(**batch, example_ids=example_ids).to(labels.device)
-            loss = objective(student_logits=completion_logits(model, **batch), teacher_logits=teacher_logits, **counted)
-        total, lm_sum = loss.total, loss.total.new_zeros(())
+            teacher_logits = teacher.logits(**teach).to(labels.device) if teacher else None
+            targets = None if teacher_logits is None else DenseTargets(teacher_logits)
+            logits = completion_logits(model, **batch)
+            rows = DenseTargets(logits.detach())
+            loss = objective(student_logits=logits, teacher_logits=teacher_logits, **counted)
+        if self._look_at_rows:
+            self._look_at_rows = False
+            self._log.add_rows(rows, targets, counted["labels"], self.state.global_step)
+        total = loss.total
         if self.corpus is not None and model.training:
-            term, lm_sum = self._lm_term(model)
-            total = total + term
+            total = total + self._lm_term(model)
         if not torch.isfinite(total):
             raise InputError(
                 f"the loss is {total.item()} at step {self.state.global_step + 1}; lower training.learning_rate "
                 "or choose a divergence that is finite where a probability is 0"
             )
-        self._logged["kd"] += loss.kd_sum.item()
-        self._logged["ce"] += loss.ce_sum.item()
-        self._logged["lm"] += lm_sum.item()
-        self._logged["num_tokens"] += int(mask.sum())
+        self._log.add(loss, mask, batch["attention_mask"])
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             return total * self.accelerator.num_processes  # undone by the mean of gradients over ranks
         return total
 
-    def _lm_term(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """lm_weight * this micro-batch's part of the step's mean next-token loss on the corpus; its sum, detached."""
+    def _lm_term(self, model: nn.Module) -> Tensor:
+        """lm_weight * this micro-batch's part of the step's mean next-token loss on the corpus."""
         assert self.corpus is not None
         size, ranks = self.args.per_device_train_batch_size, self.accelerator.num_processes
         micro_batch = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_batch
@@ -167,13 +172,14 @@ class DistillationTrainer(Trainer):
             loss = language.linear(student_hidden=hidden, student_head=LMHead.read(model), targets=None, **counted)
         else:
             loss = language(student_logits=completion_logits(model, **batch), teacher_logits=None, **counted)
-        self._logged["lm_tokens"] += len(labels)
-        return loss.total, loss.ce_sum
+        self._log.add_lm(loss, len(labels))
+        return loss.total
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one step and its count of tokens, of the data or rolled out."""
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batch, self._num_micro_batches = 0, len(batches)
+        self._look_at_rows = (self.state.global_step + 1) % max(self.state.logging_steps or 1, 1) == 0
         if self.rollouts is None or not batches:
             return batches, num_tokens
 
@@ -216,15 +222,13 @@ class DistillationTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._log.started = time.monotonic()  # validation comes right after a line; or its time counts for little
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            sums, self._logged = self._logged, dict.fromkeys(self._logged, 0.0)
-            num_tokens = max(sums["num_tokens"], 1)
-            logs |= {"kd": sums["kd"] / num_tokens, "ce": sums["ce"] / num_tokens, "num_tokens": sums["num_tokens"]}
-            if self.corpus is not None:
-                logs["lm"] = sums["lm"] / max(sums["lm_tokens"], 1)
+            line, self._log = self._log, StepLog()
+            logs |= figures(line.sums, time.monotonic() - line.started, self.args.device)
             logs |= self._exponents
             if self.rollouts is not None:
                 logs |= self._rollout_logs(self.rollouts)

@@ -12,8 +12,8 @@ FLOORS = {
     "generation": 1, "calibrations": 1, "targets": 1, "kernels": 2,
     "objective": 3,
     "teachers": 4, "data": 4, "models": 4, "evaluation": 4, "analysis": 4,
-    "callbacks": 4,
-    "trainer": 5,
+    "diagnostics": 0, "callbacks": 4,
+    "log": 4, "trainer": 5,
     "inputs": 6, "parts": 6, "fit": 7, "setup": 8, "measures": 9, "answers": 9, "evaluate": 10,
     "run": 10, "demo": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip

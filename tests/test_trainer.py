@@ -11,7 +11,7 @@ from conftest import make_gpt2, make_llama
 from transformers import TrainingArguments
 
 from abkd import AlphaBeta, DistillationTrainer, ForwardKL, InProcessTeacher, InputError, Objective
-from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, quiet
+from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, Watch, quiet
 from abkd.data.corpus import Corpus
 from abkd.data.instructions import Example
 from abkd.divergences import AlphaBetaSchedule, Ramp
@@ -316,3 +316,48 @@ def test_alpha_goes_from_its_first_value_to_its_last_and_is_logged(tokenizer, tm
     trainer.train()
     logged = [(line["alpha"], line["beta"]) for line in trainer.state.log_history if "loss" in line]
     assert logged == [(0.5, 0.5), (0.25, 0.5), (0.0, 0.5), (-0.25, 0.5), (-0.5, 0.5)]
+
+
+@pytest.mark.parametrize("logits", ["dense", "fused"])
+def test_the_log_holds_the_rows_figures(tokenizer, tmp_path, logits):
+    trainer = make_trainer(tokenizer, tmp_path, logits=logits, max_steps=2, count=2, per_device_train_batch_size=2)
+    student, teacher = copy.deepcopy(trainer.model), trainer.teacher.model
+    trainer.train()
+    line = trainer.state.log_history[0]
+    batch = trainer.data_collator(trainer.train_dataset)
+    mask = batch["labels"][:, 1:] != -100
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    q, p = (model(**inputs).logits[:, :-1][mask] for model in (student, teacher))
+    assert len(q) <= 32  # so that all of them were looked at
+    entropy = torch.distributions.Categorical(logits=q).entropy().mean().item()
+    assert line["student_entropy"] == pytest.approx(entropy, rel=1e-5)
+    entropy = torch.distributions.Categorical(logits=p).entropy().mean().item()
+    assert line["teacher_entropy"] == pytest.approx(entropy, rel=1e-5)
+    labels = batch["labels"][:, 1:][mask]
+    assert line["token_accuracy"] == pytest.approx((q.argmax(-1) == labels).float().mean().item())
+    assert line["token_agreement"] == pytest.approx((q.argmax(-1) == p.argmax(-1)).float().mean().item())
+    read = int(batch["attention_mask"].sum())
+    assert line["masked_share"] == pytest.approx(1 - len(labels) / read)
+    assert line["tokens_per_s"] > 0 and 0.05 < line["peak_memory_gib"] < 100 and line["grad_norm"] > 0
+
+
+def test_without_a_teacher_the_log_has_no_figure_of_one(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, teacher=None, objective=Objective(kd_weight=0, ce_weight=1))
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert "student_entropy" in line and "token_accuracy" in line
+    assert "teacher_entropy" not in line and "token_agreement" not in line
+
+
+def test_a_student_that_is_the_teacher_is_said(tokenizer, tmp_path):
+    said, written = [], []
+    trainer = make_trainer(
+        tokenizer,
+        tmp_path,
+        student=make_llama(len(tokenizer)),
+        objective=Objective(AlphaBeta()),
+        callbacks=[Watch(said.append, written.append)],
+    )
+    trainer.train()
+    (line,) = said
+    assert line.startswith("step 1: the divergence is ") and written == [{"step": 1, "warning": line}]

@@ -1,0 +1,78 @@
+"""What the trainer counts between two lines of its log."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abkd.kernels.reference import entropy
+from abkd.objective import Loss
+from abkd.targets import Targets
+
+ROWS = 32
+"""Tokens whose rows are looked at for one line."""
+COUNTED = ("kd", "ce", "num_tokens", "num_read", "lm", "lm_tokens")
+OF_ROWS = ("student_entropy", "teacher_entropy", "token_accuracy", "token_agreement")
+
+
+class StepLog:
+    """Sums since the last line; sums of several ranks add up. docs/metrics.md says what each key means."""
+
+    def __init__(self):
+        self.sums = dict.fromkeys((*COUNTED, *OF_ROWS, "num_rows", "num_teacher_rows"), 0.0)
+        self.started = time.monotonic()
+
+    def add(self, loss: Loss, mask: Tensor, attention_mask: Tensor) -> None:
+        """One micro-batch."""
+        values = torch.stack([loss.kd_sum, loss.ce_sum, mask.sum(), attention_mask.sum()]).tolist()
+        for name, value in zip(("kd", "ce", "num_tokens", "num_read"), values, strict=True):
+            self.sums[name] += value
+
+    def add_lm(self, loss: Loss, num_tokens: int) -> None:
+        """The corpus's part of a micro-batch."""
+        self.sums["lm"] += loss.ce_sum.item()
+        self.sums["lm_tokens"] += num_tokens
+
+    @torch.no_grad()
+    def add_rows(self, student: Targets, teacher: Targets | None, labels: Tensor, place: int) -> None:
+        """Entropies, accuracy and agreement of `ROWS` consecutive tokens, other ones for another `place`."""
+        first = place * ROWS % max(len(labels) - ROWS + 1, 1)
+        labels = labels[first : first + ROWS]
+        if not len(labels):
+            return
+        q = student.logits(first, first + len(labels)).log_softmax(-1)
+        found = {"num_rows": len(labels), "student_entropy": entropy(q).sum().item()}
+        found["token_accuracy"] = (q.argmax(-1) == labels).sum().item()
+        if teacher is not None:
+            p = teacher.logits(first, first + len(labels)).to(q.device).log_softmax(-1)
+            found |= {"num_teacher_rows": len(labels), "teacher_entropy": entropy(p).sum().item()}
+            found["token_agreement"] = (p.argmax(-1) == q.argmax(-1)).sum().item()
+        for name, value in found.items():
+            self.sums[name] += value
+
+
+def figures(sums: dict[str, float], seconds: float, device: torch.device) -> dict[str, float]:
+    """A line of the log, out of the sums over all ranks."""
+    num_tokens = max(sums["num_tokens"], 1)
+    line = {"kd": sums["kd"] / num_tokens, "ce": sums["ce"] / num_tokens, "num_tokens": sums["num_tokens"]}
+    if sums["lm_tokens"]:
+        line["lm"] = sums["lm"] / sums["lm_tokens"]
+    counts = {"teacher_entropy": "num_teacher_rows", "token_agreement": "num_teacher_rows"}
+    for name in OF_ROWS:
+        if count := sums[counts.get(name, "num_rows")]:
+            line[name] = sums[name] / count
+    line["masked_share"] = 1 - sums["num_tokens"] / max(sums["num_read"], 1)
+    line["tokens_per_s"] = sums["num_tokens"] / max(seconds, 1e-9)
+    line["peak_memory_gib"] = _peak_memory(device) / 2**30
+    return line
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes of a GPU that tensors took at most, or of the process's resident memory, since the start of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit: Any = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
