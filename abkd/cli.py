@@ -27,6 +27,7 @@ QUICK = (
     "evaluation.max_new_tokens=12",
 )
 """What `abkd demo --quick` changes."""
+_RECIPE_HELP = "a shipped recipe's name or a YAML file; ONE+OTHER lays the second over the first"
 DONE, USERS_MISTAKE, INTERRUPTED = 0, 2, 130
 
 
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     def add_recipe(command: argparse.ArgumentParser) -> None:
-        command.add_argument("recipe", help="a shipped recipe's name, or the path of a YAML file")
+        command.add_argument("recipe", help=_RECIPE_HELP)
         add_overrides(command)
 
     def add_overrides(command: argparse.ArgumentParser) -> None:
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print the measures as JSON, answers included")
     evaluate.set_defaults(overrides=[])
     generate = add("generate", _generate, "write the teacher's answers to a recipe's training prompts as data (SeqKD)")
-    generate.add_argument("recipe", help="a shipped recipe's name, or the path of a YAML file")
+    generate.add_argument("recipe", help=_RECIPE_HELP)
     generate.add_argument("--output", required=True, metavar="FILE.jsonl", help="go on with it if it is there")
     generate.add_argument("--max-new-tokens", type=_count, default=256, help="an answer that does not end is left out")
     generate.add_argument("--temperature", type=_non_negative, default=1.0, help="0 decodes greedily")
@@ -222,11 +223,15 @@ def _generate(options: argparse.Namespace) -> int:
 def _recipes(options: argparse.Namespace) -> int:
     if options.name:
         if options.name not in recipe_names():
-            raise InputError(f"recipes: there is none named {options.name!r}; shipped are {', '.join(recipe_names())}")
+            raise InputError(f"recipes: there is none named {options.name!r}; see: abkd recipes")
         print((RECIPES / f"{options.name}.yaml").read_text(encoding="utf-8"), end="")
         return DONE
+    folder = ""
     for name, summary in recipe_names().items():
-        print(f"{name:16} {summary}")
+        if (here := name.rpartition("/")[0]) != folder:
+            folder = here
+            print(f"\n{folder}/ (a piece, to be laid over a recipe: gpt2_base+{name})")
+        print(f"{name:28} {summary}")
     return DONE
 
 

@@ -15,38 +15,79 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def recipe_names() -> dict[str, str]:
-    """Shipped recipes: name -> the first line of the header."""
+    """Shipped recipes and pieces of recipes: name, with its folder for a piece -> the first line of the header."""
+    files = sorted(RECIPES.rglob("*.yaml"), key=lambda file: (len(file.relative_to(RECIPES).parts), file))
     return {
-        file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
-        for file in sorted(RECIPES.glob("*.yaml"))
+        file.relative_to(RECIPES).with_suffix("").as_posix(): file.read_text(encoding="utf-8")
+        .split("\n", 1)[0]
+        .lstrip("# ")
+        for file in files
     }
 
 
 def read_recipe(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Recipe:
     """A shipped recipe by name or any YAML file by path, with `key.sub=value` overrides, values read as YAML.
 
-    Setting a section's `kind` to another one starts that section afresh, wherever on the command line it stands.
+    `extends: OTHER` (or a list) in a file reads the other recipes first, by name or by a path relative to the file,
+    and lays the file's own keys over them; `ONE+OTHER` for a name lays the second over the first. Setting a section's
+    `kind` to another one starts that section afresh, in a file as on the command line, wherever it stands there.
 
     Raises:
         InputError: one line per mistake, each with the field, its value and what is allowed.
     """
-    file = RECIPES / f"{name_or_path}.yaml" if name_or_path in recipe_names() else Path(name_or_path).expanduser()
+    names = [name_or_path] if Path(name_or_path).expanduser().is_file() else name_or_path.split("+")
+    content: dict[str, Any] = {}
+    for name in names:
+        _lay_over(content, _read(_find(name, Path()), ()))
+    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
+        _apply_override(content, override)
+    return parse_recipe(content)
+
+
+def _find(name: str, folder: Path) -> Path:
+    """The file of a shipped recipe, or the one at a path relative to `folder`."""
+    names = recipe_names()
+    file = RECIPES / f"{name}.yaml" if name in names else folder / Path(name).expanduser()
     if not file.is_file():
-        close = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+        close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        shipped = ", ".join(recipe_names())
-        raise InputError(f"recipe: there is no shipped recipe or file {name_or_path!r}; {hint}shipped are {shipped}")
+        shipped = ", ".join(name for name in names if "/" not in name)
+        raise InputError(f"recipe: there is no shipped recipe or file {name!r}; {hint}shipped are {shipped}")
+    return file
+
+
+def _read(file: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """The content of a file over that of the files it extends."""
+    if file.resolve() in extended_by:
+        raise InputError(f"extends: {file} extends itself, by way of {extended_by[-1]}; take one of them out")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        own = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         place = f", line {where.line + 1}" if where else ""
         raise InputError(f"recipe: {file}{place} is not valid YAML: {_problem(error)}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"recipe: {file} must hold sections such as teacher, student, data; it holds {content!r}")
-    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
-        _apply_override(content, override)
-    return parse_recipe(content)
+    if not isinstance(own, dict):
+        raise InputError(f"recipe: {file} must hold sections such as teacher, student, data; it holds {own!r}")
+    others = own.pop("extends", [])
+    others = [others] if isinstance(others, str) else others
+    if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+        raise InputError(f"extends: {others!r} in {file} is refused: give a recipe's name or path, or a list of them")
+    content: dict[str, Any] = {}
+    for other in others:
+        _lay_over(content, _read(_find(other, file.parent), (*extended_by, file.resolve())))
+    _lay_over(content, own)
+    return content
+
+
+def _lay_over(content: dict[str, Any], new: dict[str, Any]) -> None:
+    """Sets the keys of `new`, section by section; a section of another kind takes the place of the old one."""
+    if "kind" in new and content.get("kind", new["kind"]) != new["kind"]:
+        content.clear()
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            _lay_over(content[key], value)
+        else:
+            content[key] = value
 
 
 def parse_recipe(content: dict[str, Any]) -> Recipe:
@@ -78,8 +119,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         section = section[parent]
         if not isinstance(section, dict):
             raise InputError(f"{key}: {parent!r} is a single value, not a section")
-    if last == "kind" and section.get("kind", value) != value:
-        section.clear()
+    _lay_over(section, {last: value if text else ""} if last == "kind" else {})
     section[last] = value if text else ""
 
 

@@ -1,0 +1,152 @@
+"""Every shipped recipe and composition loads; every recipe takes two steps with tiny models of its architecture."""
+
+import itertools
+import json
+
+import pytest
+import yaml
+from conftest import make_gpt2, make_llama
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from abkd import cli
+from abkd.errors import InputError
+from abkd.recipe import RECIPES, read_recipe, recipe_names
+
+NAMES = [name for name in recipe_names() if "/" not in name and name != "demo"]
+PIECES = {
+    folder: [name for name in recipe_names() if name.startswith(f"{folder}/")] for folder in ("losses", "strategies")
+}
+STUDENTS = ("gpt2_base", "gpt2_medium", "gpt2_large")
+
+
+def test_every_composition_of_the_tables_loads():
+    composed = [f"{s}+{loss}" for s, loss in itertools.product(STUDENTS, PIECES["losses"])]
+    composed += [f"{s}+{loss}+{how}" for s, loss, how in itertools.product(STUDENTS, *PIECES.values())]
+    composed += [f"gpt2_base+teachers/{teacher}" for teacher in ("gpt2_medium", "gpt2_large")]
+    for name in composed:
+        recipe = read_recipe(name)
+        for part in name.split("+")[1:]:
+            content = yaml.safe_load((RECIPES / f"{part}.yaml").read_text(encoding="utf-8"))
+            for section, keys in content.items():
+                for key, value in keys.items():
+                    found = recipe.to_dict()[section][key]
+                    assert found == value if not isinstance(value, dict) else found.items() >= value.items(), name
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_short_and_its_header_names_a_table(name):
+    lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 130
+    if name not in ("demo", "settings/dolly"):
+        assert lines[0].startswith("# Table") and " | " in lines[0]
+    if name in NAMES:
+        assert any("Hardware:" in line for line in lines if line.startswith("#"))
+
+
+def make_qwen2(vocab_size):
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tokenizer):
+    """Overrides that make any of the recipes small."""
+    folder = tmp_path_factory.mktemp("small")
+    make = {"gpt2": make_gpt2, "openllama2": make_llama, "qwen2.5": make_qwen2}
+    for name, make_model in make.items():
+        model = make_model(len(tokenizer) + 6)  # a tokenizer of another class may add some
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = [{"prompt": f"Pet {n}?", "completion": f"The cat likes {n}."} for n in range(6)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "corpus.jsonl").write_text(json.dumps({"text": "The cat likes milk. " * 60}), encoding="utf-8")
+    return folder
+
+
+def overrides(recipe, folder, small, family):
+    model, rows = small / family, small / "rows.jsonl"
+    found = [f"data.train={rows}", "data.validation=", "data.num_held_out=2", f"run_dir={folder / 'run'}"]
+    found += [f"teacher.path={model}"] if recipe.teacher else []
+    found += [f"student.path={model}"]
+    found += [f"data.corpus={small / 'corpus.jsonl'}", "data.corpus_tokens=16"] if recipe.data.corpus else []
+    found += [f"evaluation.sets.{name}.path={rows}" for name in recipe.evaluation.sets]
+    found += ["evaluation.num_seeds=2"] if recipe.evaluation.temperature else []
+    found += ["rollouts.max_new_tokens=4"] if recipe.rollouts.kind != "fixed" else []
+    return [*found, "training.num_steps=2", "training.num_epochs=0", "training.batch_size=2", "training.accumulation=2",
+            "training.validate_every=1", "training.save_every=0", "training.precision=fp32", "training.log_every=1",
+            "data.max_prompt_tokens=220", "data.max_tokens=245", "evaluation.max_new_tokens=3"]  # fmt: skip
+
+
+RUN = [*NAMES, *(f"gpt2_base+{piece}" for piece in itertools.chain(*PIECES.values())), "gpt2_base+teachers/gpt2_large"]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_recipe_takes_two_steps(name, small, tmp_path, capsys):
+    family = name.split("_")[0]
+    options = overrides(read_recipe(name), tmp_path, small, family)
+    options += ["evaluation.sets={}"] if "+" in name else []
+    assert cli.main(["train", name, *options]) == cli.DONE, capsys.readouterr().err
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["num_steps"] == 2
+
+
+def write(folder, name, text):
+    file = folder / f"{name}.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_file_extends_others_in_order_and_by_its_own_folder(tmp_path):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path, "loss", "objective: {divergence: {kind: jsd, mix: 0.3}, kd_weight: 2}")
+    write(tmp_path / "deep", "rate", "extends: ../loss.yaml\ntraining: {learning_rate: 7.0e-5}")
+    mine = write(tmp_path, "mine", "extends: [demo, deep/rate.yaml]\nrun_dir: runs/mine\ntraining: {seed: 5}")
+    recipe = read_recipe(str(mine))
+    demo = read_recipe("demo")
+    assert recipe.objective.divergence.kind == "jsd" and recipe.objective.divergence.mix == 0.3
+    assert recipe.objective.kd_weight == 2 and recipe.run_dir == "runs/mine" and recipe.student == demo.student
+    assert (recipe.training.learning_rate, recipe.training.seed) == (7e-5, 5)
+    assert recipe.training.num_steps == demo.training.num_steps and "extends" not in recipe.to_yaml()
+    assert read_recipe(f"demo+{tmp_path / 'loss.yaml'}", ["objective.kd_weight=3"]).objective.kd_weight == 3
+
+
+def test_another_kind_starts_its_section_afresh(tmp_path):
+    mine = write(tmp_path, "mine", "extends: demo\nobjective: {divergence: {kind: alpha_beta, alpha: 0.9}}")
+    assert read_recipe(str(mine)).objective.divergence.beta == 0.7
+    other = write(tmp_path, "other", "extends: mine.yaml\nobjective: {divergence: {kind: jsd}}")
+    assert read_recipe(str(other)).objective.divergence.mix == 0.5
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("extends: mine.yaml", "extends itself, by way of"),
+        ("extends: none", "there is no shipped recipe or file 'none'"),
+        ("extends: {a: b}", "extends: {'a': 'b'} in"),
+        ("extends: gpt2_bse", "did you mean 'gpt2_base'?"),
+        (
+            "extends: demo\ntraining: {learning_rat: 1}",
+            r"learning_rat: unknown key; did you mean 'learning_rate'",
+        ),
+    ],
+)
+def test_a_mistake_in_extending_is_one_line(tmp_path, text, message):
+    mine = write(tmp_path, "mine", text)
+    with pytest.raises(InputError, match=message):
+        read_recipe(str(mine))
+
+
+def test_the_list_groups_the_pieces(capsys):
+    assert cli.main(["recipes"]) == cli.DONE
+    out = capsys.readouterr().out
+    assert "\ngpt2_base  " in out and "\nlosses/ (a piece" in out and "Table 8 | mixed" in out
+    assert cli.main(["recipes", "losses/jsd"]) == cli.DONE
+    assert "kind: jsd" in capsys.readouterr().out
