@@ -16,8 +16,7 @@ from abkd.errors import InputError
 from abkd.fit import device_of
 from abkd.generation import Sampling, generate_ids
 from abkd.inputs import Inputs
-from abkd.models.pretrained import load_model
-from abkd.setup import Say, tokenizer_of
+from abkd.setup import Say, load_teacher, tokenizer_of
 
 Prompt = tuple[Instruction, list[int]]
 
@@ -47,7 +46,7 @@ def write_answers(
     assert recipe.teacher is not None
     tokenizer = tokenizer_of(recipe)
     prompts = _prompts(recipe, inputs, tokenizer)
-    options = {"teacher": recipe.teacher.model_dump(include={"path", "dtype"}), **asdict(sampling)}
+    options = {"teacher": recipe.teacher.model_dump(exclude={"kind", "remember"}), **asdict(sampling)}
     options |= {"batch_size": batch_size, "seed": seed, "prompts": _digest(prompts)}
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     first = _open(file, options, batch_size)
@@ -55,7 +54,9 @@ def write_answers(
         say(f"{file} is finished already")
         return
     say(f"loading the teacher {recipe.teacher.path}")
-    model = load_model(recipe.teacher.path, "teacher.path", recipe.teacher.dtype).to(device_of(recipe))
+    model = load_teacher(recipe.teacher)
+    if recipe.teacher.quantization == "none":
+        model = model.to(device_of(recipe))
     num_left_out = 0
     with (
         file.open("a", encoding="utf-8") as stream,

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from abkd.diagnostics import Diagnosis
+from abkd.ranks import gather, num_ranks
 
 
 class MetricsWriter(TrainerCallback):
@@ -64,32 +65,48 @@ class ProgressBar(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends the training after the current step, with a checkpoint; the second one at once.
+    """The first Ctrl-C or SIGTERM ends the training after the current step, with a checkpoint; the second at once.
 
+    Of several ranks one is enough, and all end after the same step; a second signal is then left to the launcher, which
+    kills what has not ended half a minute after it has passed the first one on.
     Use as a context manager around `Trainer.train`; `interrupted` says what happened.
     """
+
+    SIGNALS = signal.SIGINT, signal.SIGTERM
 
     def __init__(self, say: Callable[[str], None]):
         self.say = say
         self.interrupted = False
 
     def __enter__(self):
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *exception):
-        signal.signal(signal.SIGINT, self._previous)
+        for number, action in self._previous.items():
+            signal.signal(number, action)
 
     def _on_signal(self, number, frame):
         if self.interrupted:
+            if num_ranks() > 1:
+                return
             raise KeyboardInterrupt
         self.interrupted = True
         self.say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.interrupted = any(gather(self.interrupted))
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+
+
+class ValidateLast(TrainerCallback):
+    """Validates after the last step too, wherever it falls, so that its student can be the best one."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
 
 def quiet(trainer: Trainer) -> None:

@@ -10,11 +10,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from abkd import ranks
 from abkd.config import Recipe
 from abkd.errors import InputError
 from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.rundir import RECIPE, RunDir
+
+if TYPE_CHECKING:
+    from abkd.inputs import Inputs
 
 QUICK = (
     "data.max_train_rows=2",
@@ -35,19 +40,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
     options = _parse(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        ranks.leave()
+        return code
     except InputError as error:
-        for line in str(error).splitlines():
-            print(f"abkd: {line}", file=sys.stderr)
-        return USERS_MISTAKE
+        return _refuse(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"abkd: the disk is full ({error}); free some, then go on with resume=true", file=sys.stderr)
-        return USERS_MISTAKE
+        return _refuse(f"the disk is full ({error}); free some, then go on with resume=true")
     except KeyboardInterrupt:
-        print("\nabkd: interrupted", file=sys.stderr)
+        if ranks.is_first():
+            print("\nabkd: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception:
+        if ranks.others_refused():  # it broke off what the ranks do together
+            return USERS_MISTAKE
+        raise
+
+
+def _refuse(message: str) -> int:
+    """Said by one rank alone."""
+    if ranks.may_refuse():
+        for line in message.splitlines():
+            print(f"abkd: {line}", file=sys.stderr)
+    return USERS_MISTAKE
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -110,9 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     recipe = read_recipe(options.recipe, options.overrides)
-    from abkd.inputs import check_inputs
-
-    inputs = check_inputs(recipe)
+    inputs = _check_together(recipe)
     _say("loading torch and transformers")
     _quieten_libraries()
     from abkd.analysis.table import print_table
@@ -121,10 +136,21 @@ def _train(options: argparse.Namespace) -> int:
     results = train(recipe, inputs, _say)
     if results is None:
         return _interrupted(recipe.run_dir)
-    print_table({name: results[name] for name in ("teacher", "before", "after") if name in results})
+    if ranks.is_first():
+        print_table({name: results[name] for name in ("teacher", "before", "after") if name in results})
     run_dir = RunDir(Path(recipe.run_dir))
     _say(f"the student is in {run_dir.student}, all figures are in {run_dir.path}")
     return DONE
+
+
+def _check_together(recipe: Recipe) -> "Inputs":
+    """The inputs, checked on every rank of the launch, after the launch itself."""
+    from abkd.engine import check_launcher
+    from abkd.inputs import check_inputs
+
+    check_launcher(recipe.training)
+    ranks.join(on_cpu=recipe.training.device == "cpu")
+    return ranks.on_all(lambda: check_inputs(recipe))
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -152,9 +178,7 @@ def _eval(options: argparse.Namespace) -> int:
     if not found:
         raise InputError("target: there is none; give the folder of a run, or a model with --recipe RECIPE")
     _check_comparable({name: recipe for name, (recipe, *_) in found.items()})
-    from abkd.inputs import check_inputs
-
-    inputs = [check_inputs(recipe) for recipe, *_ in found.values()]
+    inputs = [_check_together(recipe) for recipe, *_ in found.values()]
     say = _say_aside if options.json else _say
     say("loading torch and transformers")
     _quieten_libraries()
@@ -162,6 +186,8 @@ def _eval(options: argparse.Namespace) -> int:
     from abkd.evaluate import Target, evaluate
 
     measured = evaluate({name: Target(*each) for name, each in found.items()}, inputs[0], say)
+    if not ranks.is_first():
+        return DONE
     if options.json:
         print(json.dumps(measured, indent=2))
     else:
@@ -180,8 +206,9 @@ def _target_of(name: str, recipe_name: str | None, overrides: Sequence[str]) -> 
     elif recipe_name is None:
         raise InputError(f"target: {name!r} is no run; for a model name teacher and data with --recipe RECIPE")
     before = read_recipe(recipe_name, overrides)
-    changes = {"student": {"kind": "pretrained", "path": student}, "resume": False, "run_dir": "-"}
-    return parse_recipe(before.to_dict() | changes), before, folder
+    content = before.to_dict()
+    changes = {"student": _as_student(content["student"], student), "resume": False, "run_dir": "-"}
+    return parse_recipe(content | changes), before, folder
 
 
 def _check_comparable(recipes: dict[str, Recipe]) -> None:
@@ -201,6 +228,7 @@ def _check_comparable(recipes: dict[str, Recipe]) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    _one_process("generate")
     recipe = read_recipe(options.recipe, options.overrides)
     if recipe.teacher is None:
         raise InputError("teacher: there is none to write answers; set teacher.path=PATH")
@@ -220,6 +248,13 @@ def _generate(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _as_student(section: dict[str, Any], path: str) -> dict[str, Any]:
+    """The student's section for a trained one at `path`: a model, or an adapter for the model of `section`."""
+    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
+        return {"kind": "pretrained", "path": section.get("path", path), "adapter": path}
+    return {"kind": "pretrained", "path": path}
+
+
 def _recipes(options: argparse.Namespace) -> int:
     if options.name:
         if options.name not in recipe_names():
@@ -236,6 +271,7 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    _one_process("demo")
     recipe = read_recipe("demo", [*(QUICK if options.quick else ()), *options.overrides])
     recipe = recipe.model_copy(update={"run_dir": str(_free_folder(Path(recipe.run_dir)))})
     from abkd.inputs import check_inputs
@@ -266,6 +302,11 @@ def _share(text: str) -> float:
     return number
 
 
+def _one_process(command: str) -> None:
+    if ranks.num_ranks() > 1:
+        raise InputError(f"{command}: is for one process; only train and eval run in several, as under torchrun")
+
+
 def _free_folder(path: Path) -> Path:
     """`path`, or the first of path-2, path-3, ... that does not exist."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
@@ -278,12 +319,14 @@ def _interrupted(run_dir: str) -> int:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    if ranks.is_first():
+        print(line, flush=True)
 
 
 def _say_aside(line: str) -> None:
     """For commands whose standard output is for a program."""
-    print(line, file=sys.stderr, flush=True)
+    if ranks.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _quieten_libraries() -> None:
@@ -294,5 +337,6 @@ def _quieten_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"transformers|torch|accelerate")
+    for name in ("transformers", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"transformers|torch|accelerate|peft|bitsandbytes")

@@ -244,8 +244,35 @@ class InProcess(Section):
     path: str
     """A model folder, a .gguf file or its folder, package:NAME, or a hub id owner/name."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    adapter: str = ""
+    """The folder or hub id of a LoRA adapter for this model, merged into it when it is loaded."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """The weights of its linear layers in 8 or 4 bits, by bitsandbytes; the rest, and what is computed, in dtype."""
     remember: bool = False
     """Keep each example's last hidden states in main memory: the teacher runs once per example, not once per epoch."""
+
+    @model_validator(mode="after")
+    def _whole_weights_to_merge_into(self):
+        if self.adapter and self.quantization != "none":
+            raise ValueError(
+                f"adapter={self.adapter!r} cannot be merged into weights of quantization={self.quantization}; "
+                "set quantization=none, or give a merged model (student.lora.merge=true writes one)"
+            )
+        return self
+
+
+class LoRA(Section):
+    """Trains low-rank updates of some layers, all else fixed (peft)."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the update's inputs dropped in training."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Names of the layers, as [q_proj, v_proj]; all-linear is every one but the output head."""
+    merge: bool = True
+    """The run's student has the updates in its weights; false writes the adapter alone."""
 
 
 class Pretrained(Section):
@@ -254,6 +281,10 @@ class Pretrained(Section):
     kind: Literal["pretrained"]
     path: str
     """As teacher.path."""
+    adapter: str = ""
+    """As teacher.adapter."""
+    lora: LoRA | None = None
+    """None trains every weight."""
     freeze_embeddings: bool = False
     """Keep token embeddings and output head as they are; a step is cheaper, by a third for a small model."""
 
@@ -266,11 +297,15 @@ class Shrink(Section):
     """How many, evenly spaced, first and last included."""
     layers: tuple[CountOrZero, ...] = ()
     """Their numbers, rising, the teacher's first is 0."""
+    lora: LoRA | None = None
+    """None trains every weight."""
     freeze_embeddings: bool = False
     """As for a pretrained student. The embeddings are the teacher's own."""
 
     @model_validator(mode="after")
     def _which_layers(self):
+        if self.lora and not self.lora.merge:
+            raise ValueError("lora.merge=false would write an adapter for a student that is nowhere saved; set it true")
         if bool(self.keep_layers) == bool(self.layers):
             found = "both are set" if self.layers else "neither is"
             raise ValueError(f"set exactly one of keep_layers (above 0) and layers, {found}")
@@ -408,6 +443,10 @@ class Adaptive(OnPolicy):
 Rollouts = Annotated[Fixed | OnPolicy | Mixed | Adaptive, Field(discriminator="kind")]
 
 
+ValidationMetric = Literal["forward_kl", "reverse_kl", "alpha_beta", "token_agreement", "next_token_loss"]
+"""What a validation measures. Less is better, but of token_agreement."""
+
+
 class Training(Section):
     num_steps: CountOrZero = 0
     """Optimiser steps; 0 means that num_epochs decides."""
@@ -425,8 +464,12 @@ class Training(Section):
     warmup_steps: CountOrZero = 0
     weight_decay: NonNegative = 0.01
     max_grad_norm: Positive = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes the student under autocast; its weights and the losses stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 compute the student under autocast; its weights and the losses stay fp32. fp16 scales the loss, and
+    needs a GPU."""
+    engine: Literal["ddp", "fsdp2", "zero2"] = "ddp"
+    """Of several processes: ddp gives each the whole student; fsdp2 shards student and teacher over GPUs; zero2 shards
+    gradients and optimiser (DeepSpeed; its bf16 holds the weights in bf16). One process needs none."""
     activation_checkpointing: bool = False
     """Less memory, about a third more time."""
     logits: Literal["auto", "fused", "dense"] = "auto"
@@ -444,7 +487,9 @@ class Training(Section):
     validate_every: CountOrZero = 0
     """Steps between validations during training; 0 for none but before and after."""
     save_every: CountOrZero = 0
-    """Steps between checkpoints; 0 for the last step alone. The two last are kept."""
+    """Steps between checkpoints, the two last are kept; 0 for none, or under keep_best one at every validation."""
+    keep_best: ValidationMetric | None = None
+    """The student of the run is that of the validation where this was best, not the last; its checkpoint is kept."""
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -453,6 +498,22 @@ class Training(Section):
                 f"set exactly one of num_steps (is {self.num_steps}) and num_epochs (is {self.num_epochs:g}) above 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_checkpoint_at_every_validation(self):
+        if self.keep_best and not self.validate_every:
+            raise ValueError(f"keep_best={self.keep_best} chooses between validations; set validate_every above 0")
+        if self.keep_best and self.save_every not in (0, self.validate_every):
+            raise ValueError(
+                f"keep_best={self.keep_best} saves at every validation; set save_every=0 or {self.validate_every}, "
+                f"not {self.save_every}"
+            )
+        return self
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        """0 for none."""
+        return self.validate_every if self.keep_best else self.save_every
 
 
 class EvaluationSet(Section):
@@ -519,6 +580,44 @@ class Recipe(Section):
         if self.teacher is None and self.student.kind == "shrink":
             raise ValueError(
                 "student.kind=shrink needs a teacher to shrink; set teacher.path, or student.kind=pretrained"
+            )
+        if self.teacher is None and self.training.keep_best not in (None, "next_token_loss"):
+            raise ValueError(
+                f"training.keep_best={self.training.keep_best} compares with a teacher, and there is none; "
+                "set it to next_token_loss"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_teacher_that_can_do_it(self):
+        if self.teacher is None:
+            return self
+        if self.teacher.quantization != "none" and self.student.kind == "shrink":
+            raise ValueError(
+                f"student.kind=shrink takes layers out of the teacher, whose weights are in {self.teacher.quantization}"
+                "; set teacher.quantization=none"
+            )
+        if self.teacher.remember and self.training.engine == "fsdp2":
+            raise ValueError(
+                "teacher.remember=true leaves out forwards of a teacher that all processes hold together; "
+                "set it false, or training.engine=ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sets_of_a_whole_student(self):
+        if self.training.engine == "fsdp2" and self.evaluation.sets:
+            raise ValueError(
+                "evaluation.sets are answered by one process, and training.engine=fsdp2 splits the student; leave them "
+                "out, and measure with: abkd eval RUN evaluation.sets=..."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_weights_to_merge(self):
+        if self.training.engine == "fsdp2" and self.student.lora and self.student.lora.merge:
+            raise ValueError(
+                "student.lora.merge=true needs whole weights, which training.engine=fsdp2 splits; set it false"
             )
         return self
 

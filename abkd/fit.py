@@ -14,17 +14,22 @@ from abkd.config import Recipe
 from abkd.data.batches import num_tokens
 from abkd.data.instructions import Example
 from abkd.divergences import AlphaBetaSchedule
+from abkd.engine import device_type
 from abkd.kernels.memory import Step, StepMemory, step_memory
 from abkd.models.pretrained import load_skeleton
 from abkd.models.students import shrink
 from abkd.parts import freeze, make_objective
 from abkd.recipe import parse_recipe
 
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def say_memory(recipe: Recipe, say: Callable[[str], None], train: Sequence[Example] = ()) -> None:
     """What a training step needs, and what to change where it does not fit; see `step_memory_of`."""
+    if reason := _not_simulated(recipe):
+        say(f"memory: what a training step needs is not known, because {reason}")
+        return
     try:
         lines = advice(recipe, lambda changed: step_memory_of(changed, train), free_bytes(device_of(recipe)))
     except Exception as error:  # a model's own code runs on tensors without values, which not every model bears
@@ -32,6 +37,17 @@ def say_memory(recipe: Recipe, say: Callable[[str], None], train: Sequence[Examp
         lines = [f"memory: what a training step needs is not known ({reason})"]
     for line in lines:
         say(line)
+
+
+def _not_simulated(recipe: Recipe) -> str:
+    """Why `step_memory_of` would be wrong; empty where it is right."""
+    if recipe.teacher and recipe.teacher.quantization != "none":
+        return "the teacher is quantised"
+    if recipe.student.lora:  # peft does not bear tensors without values
+        return "student.lora trains an adapter"
+    if recipe.training.engine != "ddp":
+        return f"training.engine={recipe.training.engine} shards it"
+    return ""
 
 
 def step_memory_of(recipe: Recipe, train: Sequence[Example] = ()) -> StepMemory:
@@ -74,7 +90,7 @@ def step_memory_of(recipe: Recipe, train: Sequence[Example] = ()) -> StepMemory:
         length=max(lengths),
         num_tokens=sum(completions),
         loss=loss,
-        autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
+        autocast=AUTOCAST[recipe.training.precision],
         accumulates=recipe.training.accumulation > 1,
         device=device_of(recipe),
     )
@@ -123,7 +139,7 @@ def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 def device_of(recipe: Recipe) -> torch.device:
     """Where the recipe trains."""
-    return torch.device("cuda" if recipe.training.device == "auto" and torch.cuda.is_available() else "cpu")
+    return torch.device(device_type(recipe.training))
 
 
 def free_bytes(device: torch.device) -> int:

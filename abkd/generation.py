@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from abkd.head import sharded, unwrapped
+
 
 class Completion(NamedTuple):
     text: str
@@ -82,6 +84,7 @@ def generate_ids(
         prompt_ids: at least one token each; batches are of prompts of like length.
         seed, progress: as in `generate`.
     """
+    model = unwrapped(model)  # whose decoding options are the ones that count
     completions: dict[int, list[int]] = {}
     shortest_first = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
     devices = [model.device] if model.device.type == "cuda" else []
@@ -124,6 +127,7 @@ def _generate_batch(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=end_id,
         pad_token_id=end_id,
+        synced_gpus=bool(sharded(model)),  # every forward is one of all ranks, also when this one has finished
         **(how if sampling.temperature > 0 else {"do_sample": False}),
     )
     rows = output[:, width:].tolist()

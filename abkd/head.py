@@ -111,7 +111,7 @@ def check_head(model: nn.Module) -> None:
     head = LMHead.read(model)
     found = head.logits(inputs.taken)
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2
-    for module in _sharded(model):  # no backward will do it, and an optimizer made next must see the shards
+    for module in sharded(model):  # no backward will do it, and an optimizer made next must see the shards
         module.reshard()
     if found.shape != expected.shape or (found - expected).norm() > tolerance * expected.norm():
         raise InputError(
@@ -130,7 +130,7 @@ def _linear_head(model: nn.Module) -> nn.Linear:
 
 def _gather(layer: nn.Linear, model: nn.Module) -> None:
     """Makes the weights of `layer` whole where FSDP2 holds them in shards; refuses what else leaves them in pieces."""
-    for innermost in [module for module in _sharded(model) if layer in module.modules()][-1:]:
+    for innermost in [module for module in sharded(model) if layer in module.modules()][-1:]:
         innermost.unshard()
     in_pieces = hasattr(layer.weight, "full_tensor") or layer.weight.shape != (layer.out_features, layer.in_features)
     if in_pieces or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
@@ -138,7 +138,7 @@ def _gather(layer: nn.Linear, model: nn.Module) -> None:
         raise InputError(f"the output head of {name} is split over ranks, and not by fully_shard alone; {_DENSE}")
 
 
-def _sharded(model: nn.Module) -> list[Any]:
+def sharded(model: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was called on, outer before inner."""
     if not (dist.is_available() and dist.is_initialized()):
         return []

@@ -1,15 +1,17 @@
 """What a recipe names, found, read and checked in under a second: before torch is imported, before any long work."""
 
-import importlib.util
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from abkd.config import Recipe
 from abkd.data.instructions import Instruction, hold_out, read_instructions
 from abkd.errors import InputError
+from abkd.models.adapters import find_adapter
 from abkd.models.pretrained import find_model
 from abkd.paths import find_path
-from abkd.rundir import RECIPE, RunDir
+from abkd.ranks import is_first, num_ranks
+from abkd.rundir import ENVIRONMENT, RECIPE, RunDir
 
 
 class Inputs(NamedTuple):
@@ -28,16 +30,22 @@ def check_inputs(recipe: Recipe) -> Inputs:
         InputError: something is missing, torn, malformed, or would be written over.
     """
     run_dir = RunDir(Path(recipe.run_dir))
+    _check_packages(recipe)
     if recipe.resume:
         _check_resumable(recipe, run_dir)
-    else:
+    elif is_first():
         run_dir.check_new()
     for package in recipe.training.report_to:
-        if importlib.util.find_spec(package) is None:
+        if find_spec(package) is None:
             raise InputError(f"training.report_to: {package} is not installed; pip install {package}, or leave it out")
     named = {"teacher.path": recipe.teacher.path} if recipe.teacher else {}
+    adapters = {"teacher.adapter": recipe.teacher.adapter} if recipe.teacher else {}
     if recipe.student.kind == "pretrained":
         named["student.path"] = recipe.student.path
+        adapters["student.adapter"] = recipe.student.adapter
+    for field, path in adapters.items():
+        if path:
+            find_adapter(path, field)
     models = []
     for field, path in named.items():
         found = find_model(path, field)
@@ -57,8 +65,24 @@ def check_inputs(recipe: Recipe) -> Inputs:
     return Inputs(train, validation[: recipe.data.max_validation_rows or None], sets, models)
 
 
+def _check_packages(recipe: Recipe) -> None:
+    """What only some recipes need, and an installation may be without."""
+    teacher, student = recipe.teacher, recipe.student
+    adapter = student.adapter if student.kind == "pretrained" else ""
+    needed = {
+        ("peft", "lora", "student.lora"): student.lora is not None,
+        ("peft", "lora", "student.adapter"): bool(adapter),
+        ("peft", "lora", "teacher.adapter"): bool(teacher and teacher.adapter),
+        ("bitsandbytes", "quantization", "teacher.quantization"): bool(teacher and teacher.quantization != "none"),
+        ("deepspeed", "deepspeed", "training.engine"): recipe.training.engine == "zero2",
+    }
+    for (package, extra, field), is_needed in needed.items():
+        if is_needed and find_spec(package) is None:
+            raise InputError(f"{field}: needs the package {package}; install it with pip install 'abkd[{extra}]'")
+
+
 def _check_resumable(recipe: Recipe, run_dir: RunDir) -> None:
-    """The recipe must be that of the run, but for `resume` itself."""
+    """The recipe must be that of the run, but for `resume` itself, and so must the number of processes."""
     file = run_dir.path / RECIPE
     if not file.exists():
         raise InputError(f"resume: {str(run_dir.path)!r} holds no run to go on with; start it without resume=true")
@@ -69,4 +93,10 @@ def _check_resumable(recipe: Recipe, run_dir: RunDir) -> None:
         now, then = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("another recipe", "its own"))
         raise InputError(
             f"resume: {file} was started with {then!r}, not {now!r}; resume with: abkd train {file} resume=true"
+        )
+    processes = (run_dir.read_json(ENVIRONMENT) or {}).get("num_processes", 1)
+    if processes != num_ranks() and run_dir.read_results() is None:
+        raise InputError(
+            f"resume: {str(run_dir.path)!r} was started with {processes} processes, this is {num_ranks()}, "
+            f"which would change its steps; start as many"
         )

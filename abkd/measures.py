@@ -7,13 +7,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from abkd import config
+from abkd import config, ranks
 from abkd.analysis.mass import RankMassMeter
-from abkd.data.batches import Collator, batches_by_length
+from abkd.data.batches import Collator, batches_by_length, num_batches
 from abkd.evaluation.fidelity import fidelity
 from abkd.evaluation.rouge import rouge_l
 from abkd.evaluation.sets import evaluate_set
 from abkd.generation import Sampling, generate
+from abkd.head import unwrapped
 from abkd.setup import Setup
 from abkd.trainer import VALIDATION_DIVERGENCES
 
@@ -41,13 +42,13 @@ def measure(recipe: config.Recipe, setup: Setup, model: PreTrainedModel, keep: P
     meter = RankMassMeter()
     size = recipe.evaluation.batch_size
     batches = batches_by_length(setup.validation, Collator.of(setup.tokenizer), size)
-    num_batches = -(-len(setup.validation) // size)
-    bar = tqdm(batches, total=num_batches, desc="measuring", unit="batch", leave=False)
+    total = num_batches(setup.validation, size)
+    bar = tqdm(batches, total=total, desc="measuring", unit="batch", leave=False, disable=not ranks.is_first())
     teacher_targets = None if setup.teacher is None else setup.teacher.targets
     result: dict[str, Any] = {
         **fidelity(model, teacher_targets, bar, VALIDATION_DIVERGENCES, per_token=meter),
         **({"rank_mass": meter.result()._asdict()} if setup.teacher else {}),
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_parameters": unwrapped(model).num_parameters(),
     }
     asked = setup.validation[: recipe.evaluation.num_generated]
     if asked:
@@ -65,24 +66,28 @@ def _measure_set(
 ) -> dict[str, Any]:
     options, chosen = recipe.evaluation, setup.sets[name]
     num_answers = len(chosen.prompts) * options.num_seeds
-    with tqdm(total=num_answers, desc=f"answering {name}", unit="prompt", leave=False) as bar:
-        return evaluate_set(
-            model,
-            setup.tokenizer,
-            chosen,
-            Sampling(options.max_new_tokens, options.temperature, options.top_p),
-            num_seeds=options.num_seeds,
-            batch_size=options.batch_size,
-            keep=keep and keep / name,
-            progress=bar.update,
+    bar = tqdm(total=num_answers, desc=f"answering {name}", unit="prompt", leave=False, disable=not ranks.is_first())
+    with bar:
+        return ranks.on_first(
+            lambda: evaluate_set(
+                model,
+                setup.tokenizer,
+                chosen,
+                Sampling(options.max_new_tokens, options.temperature, options.top_p),
+                num_seeds=options.num_seeds,
+                batch_size=options.batch_size,
+                keep=keep and keep / name,
+                progress=bar.update,
+            )
         )
 
 
 def answer(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> list[str]:
-    """The model's answers to the first `evaluation.num_generated` validation prompts."""
+    """The model's answers to the first `evaluation.num_generated` validation prompts; each rank does its part."""
     options = recipe.evaluation
-    prompts = [example.prompt for example in setup.validation[: options.num_generated]]
-    with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False) as bar:
+    asked = [example.prompt for example in setup.validation[: options.num_generated]]
+    prompts = ranks.share(asked)
+    with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False, disable=not ranks.is_first()) as bar:
         completions = generate(
             model,
             setup.tokenizer,
@@ -94,4 +99,4 @@ def answer(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> list[
             seed=recipe.training.seed,
             progress=bar.update,
         )
-    return [completion.text for completion in completions]
+    return ranks.unshared([completion.text for completion in completions], len(asked))

@@ -7,6 +7,7 @@ from abkd.calibrations import CALIBRATIONS, Calibration, Plain
 from abkd.data.rollouts import STRATEGIES, Rollouts
 from abkd.divergences import KINDS, AlphaBeta, AlphaBetaSchedule, Divergence, Ramp
 from abkd.generation import Sampling
+from abkd.models.adapters import add_lora
 from abkd.objective import Objective
 
 SAMPLING = ("max_new_tokens", "temperature", "top_p")
@@ -53,3 +54,8 @@ def freeze(student: PreTrainedModel, section: config.Student) -> None:
     if section.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
         student.get_output_embeddings().requires_grad_(False)
+
+
+def with_lora(student: PreTrainedModel, section: config.LoRA | None) -> PreTrainedModel:
+    """With the adapter that the section describes, if there is one."""
+    return student if section is None else add_lora(student, **section.model_dump(exclude={"merge"}))

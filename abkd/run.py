@@ -1,6 +1,5 @@
 """A recipe becomes objects, the objects train, and the folder of the run says what came out."""
 
-import json
 import os
 import shutil
 import time
@@ -8,17 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from abkd import config
-from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, Watch, quiet
+from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, ValidateLast, Watch, quiet
+from abkd.card import CARD, model_card
 from abkd.data.corpus import Corpus
+from abkd.engine import check_engine, describe, trainer_options
 from abkd.errors import InputError
 from abkd.inputs import Inputs
 from abkd.measures import measure, measure_before
-from abkd.models.pretrained import load_model
+from abkd.models.adapters import is_adapted, load_trained, merged
+from abkd.models.sharding import shard
 from abkd.parts import make_objective, make_rollouts
+from abkd.ranks import on_all, on_first
 from abkd.rundir import EVALUATION, RESULTS, RunDir
 from abkd.setup import Say, Setup, make_student, prepare
 from abkd.trainer import DistillationTrainer
@@ -37,8 +41,10 @@ def train(recipe: config.Recipe, inputs: Inputs, say: Say) -> dict[str, Any] | N
     if recipe.resume and (results := RunDir(Path(recipe.run_dir)).read_results()):
         say(f"{recipe.run_dir} is finished already")
         return results
-    setup = prepare(recipe, inputs, say, to_train=True)
-    return distil(recipe, setup, make_student(recipe, setup, say), say)
+    check_engine(recipe.training)
+    say(describe(recipe.training))
+    setup = on_all(lambda: prepare(recipe, inputs, say, to_train=True))
+    return distil(recipe, setup, on_all(lambda: make_student(recipe, setup, say)), say)
 
 
 def make_trainer(
@@ -60,18 +66,19 @@ def make_trainer(
             warmup_steps=options.warmup_steps,
             weight_decay=options.weight_decay,
             max_grad_norm=options.max_grad_norm,
-            bf16=options.precision == "bf16",
-            gradient_checkpointing=options.activation_checkpointing,
-            use_cpu=options.device == "cpu",
             seed=options.seed,
             logging_steps=options.log_every,
             eval_strategy="steps" if options.validate_every else "no",
             eval_steps=options.validate_every or None,
-            save_strategy="steps" if options.save_every else "no",
-            save_steps=options.save_every or 1,
-            save_total_limit=2,
+            save_strategy="steps" if options.steps_between_checkpoints else "no",
+            save_steps=options.steps_between_checkpoints or 1,
+            save_total_limit=3 if options.keep_best else 2,
+            load_best_model_at_end=options.keep_best is not None,
+            metric_for_best_model=options.keep_best and f"validation_{options.keep_best}",
+            greater_is_better=options.keep_best == "token_agreement",
             report_to=list(options.report_to) or "none",
             disable_tqdm=True,
+            **trainer_options(options),
         )
     except ValueError as error:
         raise InputError(f"training: {error}") from error
@@ -106,86 +113,114 @@ def distil(
         The content of results.json (`training_s` is None for a resumed run); None if it was interrupted.
     """
     run_dir = RunDir(Path(recipe.run_dir))
-    _check_disk(run_dir, student)
-    if not recipe.resume:
-        run_dir.create(recipe.to_yaml())
+    on_first(lambda: _open(recipe, run_dir, student))
     stop, bar = StopOnInterrupt(say), ProgressBar(run_dir.path.name)
-    trainer = make_trainer(recipe, setup, student, run_dir, [stop, bar, Watch(say, run_dir.log)])
+    last = [ValidateLast()] if recipe.training.keep_best else []
+    callbacks = [stop, bar, Watch(say, run_dir.log), *last]
+    trainer = on_all(lambda: make_trainer(recipe, setup, student, run_dir, callbacks))
     say(trainer.how_logits)
-    if setup.teacher is not None:
-        setup.teacher.model.to(trainer.args.device)
+    _place(recipe, setup, student, trainer.args.device)
     keep = run_dir.path / EVALUATION
-    measured = measured or run_dir.read_json(BEFORE) or measure_before(recipe, setup, student, keep)
-    run_dir.write_json(BEFORE, measured)
+    measured = measured or on_first(lambda: run_dir.read_json(BEFORE)) or measure_before(recipe, setup, student, keep)
+    on_first(lambda: run_dir.write_json(BEFORE, measured))
     started = time.monotonic()
-    if trained := _trained_weights(run_dir):
-        student.load_state_dict(load_model(str(trained), "run_dir").state_dict())
+    if trained := on_first(lambda: _trained_weights(run_dir)):
+        student = on_all(lambda: load_trained(student, trained))
     else:
         with stop, bar:
             _train_from_last_checkpoint(trainer, run_dir, say)
         if trainer.state.global_step < trainer.state.max_steps:
             return None
     seconds = time.monotonic() - started
-    if not run_dir.student.exists():
-        _save_student(student, setup.tokenizer, run_dir)
+    if recipe.student.lora and recipe.student.lora.merge:
+        student = merged(student)
+    if not on_first(run_dir.student.exists):
+        _save_student(student, trainer, run_dir)
     results = measured | {
         "after": measure(recipe, setup, student, keep / "after"),
         "calibration": str(trainer.objective.calibration) if trainer.objective.kd_weight > 0 else None,
         "divergence": str(trainer.objective.divergence) if trainer.objective.kd_weight > 0 else None,
         "num_steps": run_dir.last_step(),
+        "student_step": run_dir.best_step() or run_dir.last_step(),
         "training_s": None if recipe.resume else round(seconds, 1),
     }
-    run_dir.write_json(RESULTS, results)
+    on_first(lambda: _close(recipe, run_dir, results))
     return results
+
+
+def _open(recipe: config.Recipe, run_dir: RunDir, student: PreTrainedModel) -> None:
+    _check_disk(run_dir, student, num_checkpoints=3 if recipe.training.keep_best else 2)
+    if recipe.resume:
+        run_dir.drop_torn_checkpoints()
+    else:
+        run_dir.create(recipe.to_yaml())
+
+
+def _close(recipe: config.Recipe, run_dir: RunDir, results: dict[str, Any]) -> None:
+    (run_dir.student / CARD).write_text(model_card(recipe, results), encoding="utf-8")
+    run_dir.write_json(RESULTS, results)
+
+
+def _place(recipe: config.Recipe, setup: Setup, student: PreTrainedModel, device: torch.device) -> None:
+    """Student and teacher where this rank trains: whole, but the teacher of fsdp2; a quantised one is there already."""
+    student.to(device)
+    if setup.teacher is None or recipe.teacher is None or recipe.teacher.quantization != "none":
+        return
+    if recipe.training.engine == "fsdp2":
+        shard(setup.teacher.model)
+    else:
+        setup.teacher.model.to(device)
 
 
 def _trained_weights(run_dir: RunDir) -> Path | None:
     """The folder of a student that has had all its steps, if the run got that far."""
     if run_dir.student.exists():
         return run_dir.student
-    for checkpoint in run_dir.whole_checkpoints()[-1:]:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        if state["global_step"] >= state["max_steps"]:  # the Trainer would take one step too many
-            return checkpoint
-    return None
+    state = run_dir.trainer_state()
+    if state is None or state["global_step"] < state["max_steps"]:
+        return None
+    return run_dir.checkpoint(run_dir.best_step() or state["global_step"])  # the Trainer would take one step too many
 
 
 def _train_from_last_checkpoint(trainer: DistillationTrainer, run_dir: RunDir, say: Say) -> None:
-    checkpoints = run_dir.whole_checkpoints()
-    if not checkpoints:
-        run_dir.drop_metrics_after(-1)
-        trainer.train()
-        return
-    say(f"going on from {checkpoints[-1]}")
-    run_dir.drop_metrics_after(int(checkpoints[-1].name.rpartition("-")[2]))
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]))
+    whole = on_first(run_dir.whole_checkpoints)
+    on_first(lambda: run_dir.drop_metrics_after(int(whole[-1].name.rpartition("-")[2]) if whole else -1))
+    if whole:
+        say(f"going on from {whole[-1]}")
+    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
 
 
-def _save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_dir: RunDir) -> None:
+def _save_student(student: PreTrainedModel, trainer: DistillationTrainer, run_dir: RunDir) -> None:
     """Written aside and renamed: the folder `student` is whole or absent."""
-    part = run_dir.path / ".student.part"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        student.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-    except (OSError, SafetensorError) as error:
+    sharded = trainer.is_fsdp_enabled
+    state = {"state_dict": trainer.accelerator.get_state_dict(trainer.model)} if sharded else {}
+
+    def write() -> None:
+        part = run_dir.path / ".student.part"
         shutil.rmtree(part, ignore_errors=True)
-        raise InputError(
-            f"run_dir: the student cannot be written to {str(run_dir.path)!r} ({error}); "
-            "free some disk, then go on with resume=true"
-        ) from error
-    os.replace(part, run_dir.student)
+        try:
+            student.save_pretrained(part, **state)
+            trainer.processing_class.save_pretrained(part)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise InputError(
+                f"run_dir: the student cannot be written to {str(run_dir.path)!r} ({error}); "
+                "free some disk, then go on with resume=true"
+            ) from error
+        os.replace(part, run_dir.student)
+
+    on_first(write)
 
 
-def _check_disk(run_dir: RunDir, student: PreTrainedModel) -> None:
-    """Room for the student and for two checkpoints of weights and Adam's two moments."""
+def _check_disk(run_dir: RunDir, student: PreTrainedModel, num_checkpoints: int) -> None:
+    """Room for the student, and for checkpoints of its weights, or its adapter alone, and of Adam's two moments."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
-    moments = 2 * sum(parameter.numel() * 4 for parameter in student.parameters() if parameter.requires_grad)
-    needed = weights + 2 * (weights + moments)
+    trained = 4 * sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    needed = weights + num_checkpoints * ((trained if is_adapted(student) else weights) + 2 * trained)
     existing = next(folder for folder in [run_dir.path, *run_dir.path.absolute().parents] if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(
-            f"run_dir: {str(run_dir.path)!r} needs {needed / 2**30:.2f} GiB for the student and two checkpoints, "
-            f"{free / 2**30:.2f} GiB are free; free some, or give another folder with run_dir=PATH"
+            f"run_dir: {str(run_dir.path)!r} needs {needed / 2**30:.2f} GiB for the student and {num_checkpoints} "
+            f"checkpoints, {free / 2**30:.2f} GiB are free; free some, or give another folder with run_dir=PATH"
         )

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abkd.errors import InputError
+from abkd.ranks import num_ranks
 
 RECIPE, ENVIRONMENT, METRICS, RESULTS = "recipe.yaml", "environment.json", "metrics.jsonl", "results.json"
 CHECKPOINTS, STUDENT, WHOLE_MARK = "checkpoints", "student", "WHOLE"
@@ -25,7 +27,7 @@ class RunDir:
     environment.json  versions, machine, commit, start
     metrics.jsonl     one JSON object a line: step and what was logged there
     checkpoints/      checkpoint-STEP/, resumable; a file WHOLE marks one that was written to its end
-    student/          the trained student in Hugging Face format
+    student/          the trained student in Hugging Face format, with tokenizer and model card
     evaluation/       answers to the evaluation sets, by model, set and seed
     results.json      the before/after table
     """
@@ -97,10 +99,29 @@ class RunDir:
         if self.metrics.exists():
             self._replace(METRICS, "".join(kept))
 
+    def drop_torn_checkpoints(self) -> None:
+        """Removes what a crash left half written, which else would count among the checkpoints that are kept."""
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            if not (folder / WHOLE_MARK).exists():
+                shutil.rmtree(folder)
+
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints that were written to their end, oldest first."""
         found = [mark.parent for mark in self.checkpoints.glob(f"checkpoint-*/{WHOLE_MARK}")]
         return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"checkpoint-{step}"
+
+    def trainer_state(self) -> dict[str, Any] | None:
+        """What the Trainer wrote of its state into the last whole checkpoint; None without one."""
+        for folder in self.whole_checkpoints()[-1:]:
+            return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return None
+
+    def best_step(self) -> int | None:
+        """The step of the best validation, as of the last whole checkpoint; None where none is kept as the best."""
+        return (self.trainer_state() or {}).get("best_global_step")
 
     def write_json(self, name: str, value: Any) -> None:
         self._replace(name, json.dumps(value, indent=2) + "\n")
@@ -134,6 +155,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
+        "num_processes": num_ranks(),
         "versions": versions,
         "commit": _commit(),
     }

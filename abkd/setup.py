@@ -13,9 +13,10 @@ from abkd.data.instructions import EncodingCounts, Example, encode
 from abkd.evaluation.sets import EvaluationSet
 from abkd.fit import say_memory
 from abkd.inputs import Inputs
+from abkd.models.adapters import merge_adapter
 from abkd.models.pretrained import load_model, load_tokenizer
 from abkd.models.students import shrink
-from abkd.parts import freeze
+from abkd.parts import freeze, with_lora
 from abkd.paths import find_path
 from abkd.teachers.in_process import InProcessTeacher
 from abkd.vocab import align_widths, check_same_vocabulary
@@ -59,8 +60,14 @@ def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = Fa
     if recipe.teacher is None:
         return Setup(None, tokenizer, train, validation, sets, corpus)
     say(f"loading the teacher {recipe.teacher.path}")
-    model = load_model(recipe.teacher.path, "teacher.path", recipe.teacher.dtype)
-    return Setup(InProcessTeacher(model, remember=recipe.teacher.remember), tokenizer, train, validation, sets, corpus)
+    teacher = InProcessTeacher(load_teacher(recipe.teacher), remember=recipe.teacher.remember)
+    return Setup(teacher, tokenizer, train, validation, sets, corpus)
+
+
+def load_teacher(section: config.InProcess) -> PreTrainedModel:
+    """With its adapter in its weights, or quantised."""
+    model = load_model(section.path, "teacher.path", section.dtype, section.quantization)
+    return merge_adapter(model, section.adapter, "teacher.adapter") if section.adapter else model
 
 
 def tokenizer_of(recipe: config.Recipe) -> PreTrainedTokenizerBase:
@@ -88,14 +95,16 @@ def make_student(recipe: config.Recipe, setup: Setup, say: Say) -> PreTrainedMod
     match recipe.student:
         case config.Shrink() as section:
             student = shrink(teacher, section.layers or section.keep_layers).float()
-        case config.Pretrained(path=path):
+        case config.Pretrained(path=path, adapter=adapter):
             if teacher is not None:
                 check_same_vocabulary(student=load_tokenizer(path, "student.path"), teacher=setup.tokenizer)
             student = load_model(path, "student.path")
+            if adapter:
+                student = merge_adapter(student, adapter, "student.adapter")
     if teacher is not None and (line := align_widths(student=student, teacher=teacher, tokenizer=setup.tokenizer)):
         say(line)
     freeze(student, recipe.student)
-    return student
+    return with_lora(student, recipe.student.lora)
 
 
 def _describe(counts: EncodingCounts) -> str:

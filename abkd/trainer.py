@@ -23,6 +23,7 @@ from abkd.evaluation.fidelity import fidelity
 from abkd.head import LMHead, check_head, completion_hidden, completion_logits
 from abkd.log import StepLog, figures
 from abkd.objective import Objective, completion_mask
+from abkd.ranks import summed
 from abkd.rundir import WHOLE_MARK
 from abkd.targets import DenseTargets, HiddenTargets, Targets
 from abkd.teachers.in_process import InProcessTeacher
@@ -130,6 +131,8 @@ class DistillationTrainer(Trainer):
         if self.fused:
             targets = teacher.targets(**teach) if teacher else None
             hidden = completion_hidden(model, **batch)
+            if hidden.dtype == torch.float16:  # the kernel takes its gradient before the loss is scaled
+                hidden = hidden.float()
             head = LMHead.read(model)  # after the forward: a wrapper may have put another weight there
             rows: Targets = HiddenTargets(hidden.detach(), head)
             loss = objective.linear(student_hidden=hidden, student_head=head, targets=targets, **counted)
@@ -206,7 +209,7 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.group_by_length:
             return super()._get_train_sampler(train_dataset)
-        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler([num_tokens(example) for example in self.train_dataset], step_size, self.args.seed)
 
     def evaluate(
@@ -225,10 +228,13 @@ class DistillationTrainer(Trainer):
         self._log.started = time.monotonic()  # validation comes right after a line; or its time counts for little
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return super()._determine_best_metric({f"eval_{name}": value for name, value in metrics.items()}, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             line, self._log = self._log, StepLog()
-            logs |= figures(line.sums, time.monotonic() - line.started, self.args.device)
+            logs |= figures(summed(line.sums), time.monotonic() - line.started, self.args.device)
             logs |= self._exponents
             if self.rollouts is not None:
                 logs |= self._rollout_logs(self.rollouts)
@@ -260,14 +266,15 @@ class DistillationTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.rollouts is not None:
                 self._rollouts_file(folder).write_text(json.dumps(self.rollouts.state()), encoding="utf-8")
-                self.accelerator.wait_for_everyone()
-            (folder / WHOLE_MARK).touch()
         except (OSError, RuntimeError, SafetensorError) as error:  # all three mean a disk that does not take it
             shutil.rmtree(folder, ignore_errors=True)
             raise InputError(
                 f"run_dir: the checkpoint of step {self.state.global_step} cannot be written ({_first_line(error)}); "
                 "free some disk, then go on from the last one with resume=true"
             ) from error
+        self.accelerator.wait_for_everyone()  # each rank has written its part
+        if self.args.should_save:
+            (folder / WHOLE_MARK).touch()
 
 
 def _choose_logits(model: nn.Module, objective: Objective, logits: str) -> tuple[bool, str]:

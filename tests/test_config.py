@@ -119,8 +119,9 @@ def test_what_lacks_a_teacher_or_a_divergence_is_refused(minimal_file, overrides
 
 UNKNOWN_KEYS = {
     "objective.divergence.alpah=1": "did you mean 'alpha'? known here are alpha, beta, kind",
-    "student.keep_layer=2": "did you mean 'keep_layers'? known here are freeze_embeddings, keep_layers, kind, layers",
-    "teacher.pth=/x": "did you mean 'path'? known here are dtype, kind, path, remember",
+    "student.keep_layer=2": "did you mean 'keep_layers'? known here are "
+    "freeze_embeddings, keep_layers, kind, layers, lora",
+    "teacher.pth=/x": "did you mean 'path'? known here are adapter, dtype, kind, path, quantization, remember",
     "nonsense=1": f"known here are {SECTIONS}",
 }
 
@@ -266,7 +267,9 @@ def test_an_override_reaches_into_a_section_that_the_file_leaves_empty(minimal_f
 
 def test_another_kind_starts_its_section_afresh(minimal_file):
     student = read_recipe(str(minimal_file), ["student.kind=pretrained", "student.path=/s"]).student
-    assert student.model_dump() == {"kind": "pretrained", "path": "/s", "freeze_embeddings": False}
+    assert student.model_dump() == {
+        "kind": "pretrained", "path": "/s", "adapter": "", "lora": None, "freeze_embeddings": False
+    }  # fmt: skip
     assert refusal(minimal_file, "student.kind=pretrained") == [
         "student.path: missing; add it to the recipe or the command line"
     ]

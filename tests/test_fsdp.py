@@ -15,7 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from abkd import InputError
 from abkd.data.batches import num_tokens
+from abkd.generation import generate
 from abkd.head import check_head
+from abkd.models.sharding import shard as shard_teacher_by_layers
+from abkd.ranks import gather
 
 HERE = Path(__file__)
 
@@ -103,7 +106,7 @@ def two_steps(folder, shard, rank, world, *, logits="fused", sync=True, shard_te
     trainer = make_trainer(tokenizer, folder, student=student, logits=logits)
     shard(student)
     if shard_teacher:
-        blocks(trainer.teacher.model)
+        shard_teacher_by_layers(trainer.teacher.model)
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], 0.02)
     examples = trainer.train_dataset
     for _ in range(2):
@@ -172,7 +175,7 @@ def evaluated(folder, shard):
     trainer = make_trainer(tokenizer, folder, student=make_student(len(tokenizer), tied=False))
     if shard:
         shard(trainer.model)
-        blocks(trainer.teacher.model)
+        shard_teacher_by_layers(trainer.teacher.model)
     return trainer.evaluate()
 
 
@@ -181,6 +184,23 @@ def test_the_evaluation_is_that_of_the_whole_models(two_processes):
     assert len(sharded) == 2
     for metrics in sharded:
         assert metrics == pytest.approx(whole, rel=1e-5)
+
+
+PROMPTS = ["The cat", "What does the dog like?"]
+
+
+def generated(shard, prompts):
+    """Of a model in shards, or of a whole one; the second prompt's answer is cut, so that the ranks end apart."""
+    tokenizer = make_tokenizer()
+    model = make_llama(len(tokenizer), tied=False)
+    if shard:
+        shard(model)
+    length = {PROMPTS[0]: 9, PROMPTS[1]: 3}[prompts[0]]
+    return [completion.text for completion in generate(model, tokenizer, prompts, max_new_tokens=length)]
+
+
+def test_shards_answer_each_rank_its_own_prompts(two_processes):
+    assert two_processes["generated"] == [generated(None, [prompt]) for prompt in PROMPTS]
 
 
 def tensor_parallel(model):
@@ -219,6 +239,7 @@ def main(folder: str) -> None:
             logits: num_gathers(folder, shard, logits) for logits in ("fused", "dense")
         }
     measured["evaluated"] = [evaluated(folder, shard) for shard in (None, blocks, blocks_and_head)]
+    measured["generated"] = gather(generated(blocks, [PROMPTS[rank]]))
     measured["refusals"] = [refusal(tensor_parallel), refusal(fsdp_1)]
     if rank == 0:
         torch.save(measured, Path(folder) / "measured.pt")

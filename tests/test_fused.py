@@ -96,6 +96,22 @@ def test_both_uses_of_a_tied_weight_are_in_its_gradient_once(tokenizer, tmp_path
         assert (fused - dense).norm() < 1e-5 * dense.norm()
 
 
+def test_fp16_loses_no_small_gradient_that_the_scale_of_the_loss_would_save(tokenizer, tmp_path):
+    """What the Trainer's autocast and GradScaler do on a GPU, for a step of a million tokens, by hand on the CPU."""
+    scale, gradients = 2.0**16, {}
+    for logits in ("fused", "dense"):
+        student = shrink(make_llama(len(tokenizer)), 2)
+        trainer = make_trainer(tokenizer, tmp_path, student=student, logits=logits)
+        batch = trainer.data_collator(trainer.train_dataset)
+        if logits == "fused":  # some models' last norm gives fp16 to the head
+            student.model.norm.register_forward_hook(lambda norm, inputs, output: output.half())
+        with torch.autocast("cpu", dtype=torch.float16, enabled=logits == "fused"):
+            loss = trainer.compute_loss(student, batch, num_items_in_batch=1_000_000)
+        (loss * scale).backward()
+        gradients[logits] = torch.cat([p.grad.flatten() for p in student.parameters()]) / scale
+    assert (gradients["fused"] - gradients["dense"]).norm() < 0.02 * gradients["dense"].norm()
+
+
 @pytest.mark.filterwarnings(LORA_WARNING)
 def test_lora_leaves_the_head_alone_and_pays_nothing_for_it(tokenizer, tmp_path):
     student = with_lora(make_llama(len(tokenizer)))

@@ -80,6 +80,93 @@ def test_a_run_killed_and_then_interrupted_goes_on_to_the_same_student(recipe_fi
     assert "finished already" in capsys.readouterr().out
 
 
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from transformers import Trainer
+from abkd import cli
+write = Trainer._save_optimizer_and_scheduler
+def killed(trainer, folder):
+    write(trainer, folder)
+    if trainer.state.global_step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer._save_optimizer_and_scheduler = killed
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(recipe_file, tmp_path, capsys):
+    options = ["training.num_steps=8", "training.save_every=2"]
+    whole, run_dir = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
+    arguments = ["train", str(recipe_file), *options, f"run_dir={run_dir.path}"]
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, *arguments], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert run_dir.checkpoint(6).exists() and run_dir.whole_checkpoints()[-1] == run_dir.checkpoint(4)
+    assert cli.main(["train", str(recipe_file), *options, f"run_dir={whole.path}"]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", str(run_dir.path / "recipe.yaml"), "resume=true"]) == 0
+    assert f"going on from {run_dir.checkpoint(4)}" in capsys.readouterr().out
+    expected = student(whole.path)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in student(run_dir.path).items())
+    assert run_dir.whole_checkpoints() == [run_dir.checkpoint(6), run_dir.checkpoint(8)]
+
+
+def test_a_torn_checkpoint_does_not_count_among_those_that_are_kept(recipe_file, tmp_path):
+    """Killed while it saved step 6, resumed at 4, interrupted at 5: 4 must stay until 5 is whole."""
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create("")
+    for step in (2, 4, 6):
+        run_dir.checkpoint(step).mkdir(parents=True)
+        if step < 6:
+            (run_dir.checkpoint(step) / "WHOLE").touch()
+    run_dir.drop_torn_checkpoints()
+    assert sorted(run_dir.checkpoints.iterdir()) == [run_dir.checkpoint(2), run_dir.checkpoint(4)]
+
+
+@pytest.mark.parametrize("metric, choose", [("forward_kl", min), ("token_agreement", max)])
+def test_the_best_checkpoint_is_kept_and_is_the_student(recipe_file, tmp_path, metric, choose):
+    """A learning rate far too high: the last step is not the best one."""
+    options = ["training.num_steps=7", "training.validate_every=2", f"training.keep_best={metric}",
+               "training.learning_rate=1.0", "training.schedule=constant"]  # fmt: skip
+    assert cli.main(["train", str(recipe_file), *options]) == 0
+    run_dir = RunDir(tmp_path / "run")
+    found = {r["step"]: r[f"validation_{metric}"] for r in run_dir.read_metrics() if f"validation_{metric}" in r}
+    assert sorted(found) == [2, 4, 6, 7]
+    best = choose(found, key=found.get)
+    assert best < 7
+    results = run_dir.read_results()
+    assert results["student_step"] == best and results["num_steps"] == 7
+    assert results["after"][metric] == pytest.approx(found[best], rel=1e-5)
+    assert {best, 6, 7} <= {int(folder.name.split("-")[1]) for folder in run_dir.whole_checkpoints()}
+    assert len(run_dir.whole_checkpoints()) == 3
+    kept = load_file(run_dir.checkpoint(best) / "model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in student(run_dir.path).items())
+
+    moved = RunDir(tmp_path / "moved")  # and stopped before it wrote its student
+    shutil.move(run_dir.path, moved.path)
+    shutil.rmtree(moved.student)
+    (moved.path / "results.json").unlink()
+    recipe = (moved.path / "recipe.yaml").read_text().replace(str(run_dir.path), str(moved.path))
+    (moved.path / "recipe.yaml").write_text(recipe)
+    assert cli.main(["train", str(moved.path / "recipe.yaml"), "resume=true"]) == 0
+    assert moved.read_results()["student_step"] == best
+    assert all(torch.equal(kept[name], tensor) for name, tensor in student(moved.path).items())
+
+
+def test_the_model_card_says_what_came_out_and_how_to_repeat_it(recipe_file, tmp_path):
+    from huggingface_hub import ModelCard
+
+    assert cli.main(["train", str(recipe_file)]) == 0
+    card = ModelCard.load(tmp_path / "run" / "student" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.tags == ["abkd", "distillation"]
+    assert card.data.base_model is None and card.data.datasets is None  # neither is on a hub
+    results = RunDir(tmp_path / "run").read_results()
+    assert f"| after | {results['after']['forward_kl']:.3f} |" in card.text
+    assert "under AlphaBeta(alpha=0.2, beta=0.7)" in card.text and "for 4 steps." in card.text
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert f"```yaml\n{recipe}```" in card.text and "abkd train recipe.yaml run_dir=" in card.text
+    assert card.text.count("/") - recipe.count("/") < 15
+
+
 def test_a_run_stopped_while_it_measures_keeps_its_student(recipe_file, tmp_path):
     run_dir = RunDir(tmp_path / "run")
     assert cli.main(["train", str(recipe_file)]) == 0

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from abkd.ranks import gather
+
 RANK_EDGES = (1, 2, 3, 6, 11, 101, 1001)
 """Buckets of the teacher's ranks: 1, 2, 3-5, 6-10, 11-100, 101-1000, and every rank from 1001."""
 
@@ -37,10 +39,12 @@ class RankMassMeter:
         self._num_tokens += len(top)
 
     def result(self) -> RankMass:
-        num_tokens = max(self._num_tokens, 1)
+        """Over the tokens of all ranks, which all ask for it."""
+        student, teacher = (sum(parts) for parts in zip(*gather((self._student, self._teacher)), strict=True))
+        num_tokens = max(sum(gather(self._num_tokens)), 1)
         labels = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in itertools.pairwise(RANK_EDGES)]
         return RankMass(
             (*labels, f"{RANK_EDGES[-1]}+"),
-            tuple((self._student / num_tokens).tolist()),
-            tuple((self._teacher / num_tokens).tolist()),
+            tuple((student / num_tokens).tolist()),
+            tuple((teacher / num_tokens).tolist()),
         )

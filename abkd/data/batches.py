@@ -9,6 +9,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from abkd.data.instructions import Example
 from abkd.objective import IGNORED_LABEL
+from abkd.ranks import num_ranks, rank
 
 
 class Collator:
@@ -69,10 +70,25 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
 
 
 def batches_by_length(examples: Sequence[Example], collator: Collator, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Every example once, those of like length together, for evaluation."""
+    """Every example once, those of like length together, for evaluation.
+
+    Of several ranks each gets its part, and as many batches as the others, of one example without a counted token where
+    none is left for it.
+    """
     ordered = sorted(examples, key=num_tokens)
-    for start in range(0, len(ordered), batch_size):
-        yield collator(ordered[start : start + batch_size])
+    size = batch_size * num_ranks()
+    for start in range(0, len(ordered), size):
+        batch = ordered[start : start + size]
+        if mine := batch[rank() :: num_ranks()]:
+            yield collator(mine)
+        else:
+            idle = collator(batch[:1])
+            yield idle | {"labels": torch.full_like(idle["labels"], IGNORED_LABEL)}
+
+
+def num_batches(examples: Sequence[Example], batch_size: int) -> int:
+    """That `batches_by_length` gives to each rank."""
+    return -(-len(examples) // (batch_size * num_ranks()))
 
 
 def num_tokens(example: Example) -> int:

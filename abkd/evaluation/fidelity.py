@@ -9,6 +9,7 @@ from abkd.divergences import Divergence
 from abkd.errors import InputError
 from abkd.head import LMHead, check_head, completion_hidden, completion_logits
 from abkd.objective import completion_mask
+from abkd.ranks import summed
 from abkd.targets import DenseTargets, HiddenTargets, Targets
 
 ROWS = 256
@@ -24,11 +25,11 @@ def fidelity(
     *,
     per_token: Callable[[Tensor, Tensor], None] = lambda student, teacher: None,
 ) -> dict[str, float]:
-    """Means over the completion tokens of all batches; temperature 1.
+    """Means over the completion tokens of all batches of all ranks; temperature 1.
 
     Args:
         teacher_targets: `InProcessTeacher.targets`, or any function of its signature; None where there is no teacher.
-        batches: as the collator makes them.
+        batches: as the collator makes them; of several ranks each gives its own, as many as the others.
         divergences: name -> divergence; each name is a key of the result.
         per_token: called with the log-probabilities of student and teacher, `[rows, vocab]`, of all tokens in turn.
 
@@ -64,7 +65,9 @@ def fidelity(
             sums["token_agreement"] += (q.argmax(dim=-1) == p.argmax(dim=-1)).sum().item()
             per_token(q, p)
     student.train(was_training)
-    return {name: total / max(num_tokens, 1) for name, total in sums.items()} | {"num_tokens": num_tokens}
+    sums = summed(sums | {"num_tokens": num_tokens})
+    total = int(sums.pop("num_tokens"))
+    return {name: value / max(total, 1) for name, value in sums.items()} | {"num_tokens": total}
 
 
 def _has_head(model: nn.Module) -> bool:

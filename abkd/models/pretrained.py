@@ -43,8 +43,12 @@ def find_model(path: str, field: str) -> Path | None:
     return folder
 
 
-def load_model(path: str, field: str, dtype: str = "float32"):
+def load_model(path: str, field: str, dtype: str = "float32", quantization: str = "none"):
     """The causal language model at `path` (see `find_model`) in evaluation mode, weights in `dtype`.
+
+    Args:
+        quantization: int8 or nf4 for the linear layers but the head, by bitsandbytes, which puts such a model on this
+            process's GPU where there is one; none leaves it on the CPU.
 
     Raises:
         InputError: it cannot be read, or lacks a weight that its configuration asks for.
@@ -53,6 +57,8 @@ def load_model(path: str, field: str, dtype: str = "float32"):
     from transformers import AutoModelForCausalLM
 
     arguments = {"dtype": getattr(torch, dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if quantization != "none":
+        arguments |= _quantized(quantization, dtype)
     model, report = _from_pretrained(AutoModelForCausalLM, path, field, arguments)
     random = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if random:
@@ -63,6 +69,21 @@ def load_model(path: str, field: str, dtype: str = "float32"):
     if getattr(model, "quantization_method", None) == "gguf":  # its weights are plain; so marked it cannot be saved
         model.hf_quantizer.remove_quantization_config(model)
     return model.eval()
+
+
+def _quantized(quantization: str, dtype: str) -> dict:
+    """Arguments of `from_pretrained`."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+        )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def load_skeleton(path: str, field: str, dtype: str = "float32"):
@@ -129,10 +150,10 @@ def _check_folder(folder: Path, field: str) -> None:
             )
     for file in weights:
         if file.suffix == ".safetensors":
-            _check_safetensors(file, field)
+            check_safetensors(file, field)
 
 
-def _check_safetensors(file: Path, field: str) -> None:
+def check_safetensors(file: Path, field: str) -> None:
     """The header says how long the file is: 8 bytes of length, that many of JSON, then the tensors."""
     size = file.stat().st_size
     with file.open("rb") as stream:

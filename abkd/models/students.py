@@ -19,7 +19,9 @@ def shrink(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedM
     Returns:
         A new model in the teacher's dtype that shares no storage with it, in evaluation mode.
     """
-    path, stack = _layer_stack(teacher)
+    path, stack = layer_stack(
+        teacher, "student.kind=shrink", "give the student as a checkpoint (student.kind=pretrained)"
+    )
     kept = kept_layers(len(stack), layers) if isinstance(layers, int) else list(layers)
     if not kept or max(kept) >= len(stack) or min(kept) < 0 or kept != sorted(set(kept)):
         raise InputError(
@@ -52,8 +54,8 @@ def kept_layers(num_layers: int, keep: int) -> list[int]:
     return [round(index * (num_layers - 1) / max(keep - 1, 1)) for index in range(keep)]
 
 
-def _layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The one list of decoder layers and its path in the state dict."""
+def layer_stack(model: PreTrainedModel, field: str, way_out: str) -> tuple[str, nn.ModuleList]:
+    """The one list of decoder layers and its path in the state dict; `field` and `way_out` are for the error."""
     num_layers = getattr(model.config, "num_hidden_layers", None)
     stacks = [
         (name, module)
@@ -64,7 +66,6 @@ def _layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     ]
     if len(stacks) != 1:
         raise InputError(
-            f"student.kind=shrink: {type(model).__name__} has {len(stacks)} stacks of decoder layers, needs exactly "
-            "one; give the student as a checkpoint (student.kind=pretrained)"
+            f"{field}: {type(model).__name__} has {len(stacks)} stacks of decoder layers, needs exactly one; {way_out}"
         )
     return stacks[0]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from abkd.errors import InputError
+from abkd.head import LMHead
 from abkd.models.pretrained import find_model, load_model, load_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -344,3 +345,19 @@ def test_a_gpt2_folder_loads(tmp_path):
     model.save_pretrained(tmp_path)
     input_ids = torch.arange(5, 25)[None]
     assert torch.equal(load_model(str(tmp_path), "student.path")(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("quantization, share", [("int8", 0.25), ("nf4", 0.125)])
+def test_a_quantised_model_has_small_weights_and_a_plain_head(tmp_path, tokenizer, quantization, share):
+    pytest.importorskip("bitsandbytes")
+    make_llama(len(tokenizer)).save_pretrained(tmp_path)
+    plain = load_model(str(tmp_path), "teacher.path")
+    model = load_model(str(tmp_path), "teacher.path", quantization=quantization)
+    sizes = [m.model.layers[0].mlp.up_proj.weight.untyped_storage().nbytes() for m in (model, plain)]
+    assert sizes[0] == share * sizes[1] and type(model.lm_head) is torch.nn.Linear
+    assert model.num_parameters() == plain.num_parameters()
+    ids = torch.tensor([[5, 9, 13, 20, 7]], device=model.device)
+    with torch.no_grad():
+        found, expected = model(input_ids=ids).logits.cpu(), plain(input_ids=ids.cpu()).logits
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.6
+    assert LMHead.of(model).vocab == len(tokenizer)
