@@ -319,7 +319,17 @@ Student = Annotated[Pretrained | Shrink, Field(discriminator="kind")]
 
 class Data(Section):
     train: str = Field(min_length=1)
-    """A JSONL file (.jsonl, .jsonl.gz) of instructions; package:NAME/PATH for one inside a package."""
+    """Instructions: a file (.jsonl, .jsonl.gz, .parquet, .arrow), a folder of such or of datasets.save_to_disk, the hub
+    id owner/name of a data set; package:NAME/PATH for a file inside a package."""
+    subset: str = ""
+    """Of a hub's data set that has several."""
+    split: str = "train"
+    """Of train, where it is a hub's or a saved data set with splits."""
+    validation_split: str = "validation"
+    """Of validation, likewise; validation may name the same data set as train."""
+    stream: bool = False
+    """Read the first max_train_rows and max_validation_rows rows of a hub's data sets as they come, without downloading
+    the rest."""
     validation: str = ""
     """Another; empty holds out num_held_out rows of train, always the same ones."""
     num_held_out: Count = 64
@@ -339,6 +349,14 @@ class Data(Section):
     """Prompt and completion together; longer completions are cut, and counted."""
     long_prompts: Literal["refuse", "drop"] = "refuse"
     """What happens to a row whose prompt is longer than max_prompt_tokens; dropped rows are counted."""
+
+    @model_validator(mode="after")
+    def _a_stream_ends(self):
+        if self.stream and not self.max_train_rows:
+            raise ValueError("stream=true reads the first max_train_rows rows; set it above 0")
+        if self.stream and self.validation and not self.max_validation_rows:
+            raise ValueError("stream=true reads the first max_validation_rows rows of validation; set it above 0")
+        return self
 
     @model_validator(mode="after")
     def _room_for_a_completion(self):
@@ -520,7 +538,9 @@ class EvaluationSet(Section):
     """Prompts that teacher and student answer."""
 
     path: str = Field(min_length=1)
-    """As data.validation."""
+    """As data.train."""
+    split: str = "test"
+    """Of a hub's or a saved data set with splits."""
     metric: Literal["rouge_l", "exact_match"] = "rouge_l"
     """exact_match compares final answers: what follows ####, is in \\boxed{}, or the last number."""
     max_rows: CountOrZero = 0

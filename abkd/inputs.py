@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from abkd.config import Recipe
 from abkd.data.instructions import Instruction, hold_out, read_instructions
@@ -50,9 +50,14 @@ def check_inputs(recipe: Recipe) -> Inputs:
     for field, path in named.items():
         found = find_model(path, field)
         models.append(f"{field}: {path} ({found if found else 'from the model hub'})")
-    train = read_instructions(find_path(recipe.data.train, "data.train"), "data.train")
+    data = recipe.data
+    held_out = 0 if data.validation else data.num_held_out
+    options: Any = {"subset": data.subset, "stream_rows": data.stream and data.max_train_rows + held_out}
+    train = read_instructions(data.train, "data.train", split=data.split, **options)
     if recipe.data.validation:
-        validation = read_instructions(find_path(recipe.data.validation, "data.validation"), "data.validation")
+        options = {"subset": data.subset if data.validation == data.train else "", "split": data.validation_split}
+        options["stream_rows"] = data.stream and data.max_validation_rows
+        validation = read_instructions(data.validation, "data.validation", **options)
     else:
         train, validation = hold_out(train, recipe.data.num_held_out, "data.num_held_out")
     train = train[: recipe.data.max_train_rows or None]
@@ -61,7 +66,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     sets = {}
     for name, section in recipe.evaluation.sets.items():
         field = f"evaluation.sets.{name}.path"
-        sets[name] = read_instructions(find_path(section.path, field), field)[: section.max_rows or None]
+        sets[name] = read_instructions(section.path, field, split=section.split)[: section.max_rows or None]
     return Inputs(train, validation[: recipe.data.max_validation_rows or None], sets, models)
 
 

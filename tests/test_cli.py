@@ -371,7 +371,7 @@ def test_runs_of_two_data_sets_or_teachers_do_not_stand_beside_each_other(run, t
     "options, line",
     [
         (["evaluation.num_seeds=2"], "evaluation: num_seeds=2 repeats a greedy answer, for temperature=0; set"),
-        (["evaluation.sets.a.path=none.jsonl"], "evaluation.sets.a.path: there is no file 'none.jsonl'; give a JSONL"),
+        (["evaluation.sets.a.path=none.jsonl"], "evaluation.sets.a.path: there is no file 'none.jsonl'; give a file"),
         (
             ["evaluation.sets.a={path: x, metric: bleu}"],
             "evaluation.sets.a.metric: 'bleu' is refused: input should be 'rouge_l'",

@@ -37,7 +37,14 @@ TORCH_FREE = [
     "vocab.py",
     "__init__.py",
 ]
-TORCH_FREE += ["data/instructions.py", "models/pretrained.py", "models/adapters.py", "ranks.py", "engine.py"]
+TORCH_FREE += [
+    "data/instructions.py",
+    "data/sources.py",
+    "models/pretrained.py",
+    "models/adapters.py",
+    "ranks.py",
+    "engine.py",
+]
 
 
 def imports(file: Path, top_level_only: bool = False) -> set[str]:

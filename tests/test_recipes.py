@@ -16,7 +16,7 @@ NAMES = [name for name in recipe_names() if "/" not in name and name != "demo"]
 PIECES = {
     folder: [name for name in recipe_names() if name.startswith(f"{folder}/")] for folder in ("losses", "strategies")
 }
-STUDENTS = ("gpt2_base", "gpt2_medium", "gpt2_large")
+STUDENTS = ("gpt2_base", "gpt2_medium", "gpt2_large", "openllama2_3b")
 
 
 def test_every_composition_of_the_tables_loads():

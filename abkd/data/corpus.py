@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from abkd.data.instructions import read_lines
+from abkd.data.sources import read_lines
 from abkd.errors import InputError
 
 

@@ -1,14 +1,12 @@
-"""Instruction data: JSONL rows -> a prompt and a completion -> token ids and a loss mask. Imports no torch."""
+"""Instruction data: rows -> a prompt and a completion -> token ids and a loss mask. Imports no torch."""
 
-import gzip
-import json
 import random
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abkd.data.sources import read_rows
 from abkd.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -68,8 +66,10 @@ class EncodingCounts:
     num_completions_cut: int
 
 
-def read_instructions(path: Path, field: str) -> list[Instruction]:
-    """Every row of a JSONL file (`.jsonl`, or `.jsonl.gz`).
+def read_instructions(
+    path: Path | str, field: str, *, subset: str = "", split: str = "train", stream_rows: int = 0
+) -> list[Instruction]:
+    """Every row of a file, folder or data set; the arguments are those of `abkd.data.sources.read_rows`.
 
     Rows are conversations (`messages`; the last one, an assistant's, is the completion), `instruction`, optional
     `input` (or `context`) and `output` (or `response`; a list holds several right answers, the first is learnt),
@@ -77,15 +77,12 @@ def read_instructions(path: Path, field: str) -> list[Instruction]:
     `completion`, both text or both lists of messages). Other keys are ignored.
 
     Raises:
-        InputError: the file is missing or empty, or a row is malformed: with file, line and field.
+        InputError: it is missing or empty, or a row is malformed: with file, line and field.
     """
-    if not path.is_file():
-        raise InputError(f"{field}: there is no file {str(path)!r}; give a JSONL file")
-    instructions = [
-        row for number, line in read_lines(path, field) if line.strip() for row in _parse(line, f"{path}:{number}")
-    ]
+    rows = read_rows(str(path), field, subset=subset, split=split, stream_rows=stream_rows)
+    instructions = [instruction for origin, row in rows for instruction in _parse(row, origin)]
     if not instructions:
-        raise InputError(f"{field}: {path} is empty; it must hold one JSON object a line: {FORMATS}")
+        raise InputError(f"{field}: {path} is empty; it must hold one object a row: {FORMATS}")
     return instructions
 
 
@@ -230,26 +227,7 @@ def _completion_ids(completion: str, tokenizer: Any) -> list[int]:
     return [*ids[: ids.index(end)], end] if end in ids else [*ids, end]
 
 
-def read_lines(path: Path, field: str) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end) of a UTF-8 file, gzipped or not. Raises InputError with file and line."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        place = f"byte {error.start + 1} is {error.object[error.start]:#04x}"
-        raise InputError(f"{path}:{number}: not UTF-8 text ({place}); save the file as UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{field}: {path} cannot be read after line {number} ({error}); copy it again") from None
-
-
-def _parse(line: str, origin: str) -> list[Instruction]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        place = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise InputError(f"{origin}: not valid JSON ({place}); one object a line: {FORMATS}") from None
+def _parse(row: Any, origin: str) -> list[Instruction]:
     if not isinstance(row, dict):
         raise InputError(f"{origin}: must be a JSON object, is {type(row).__name__}: {FORMATS}")
     if "messages" in row:

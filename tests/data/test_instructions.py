@@ -97,9 +97,9 @@ def test_lines_are_numbered_as_in_the_file_blank_ones_included(tmp_path, name):
 MALFORMED = {
     "torn JSON": (
         b'{"prompt": "a"',
-        "not valid JSON (Expecting ',' delimiter, column 15); one object a line: " + FORMATS,
+        "not valid JSON (Expecting ',' delimiter, column 15); one object a line",
     ),
-    "two objects": (b"{} {}", f"not valid JSON (Extra data, column 4); one object a line: {FORMATS}"),
+    "two objects": (b"{} {}", "not valid JSON (Extra data, column 4); one object a line"),
     "a list": (["a"], f"must be a JSON object, is list: {FORMATS}"),
     "text": ("a", f"must be a JSON object, is str: {FORMATS}"),
     "no known field": ({"text": 1, "label": 2}, f"has the fields ['label', 'text']; needs {FORMATS}"),
@@ -187,12 +187,15 @@ def test_absurdly_nested_json_is_a_malformed_row(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\n \n"], ids=["no bytes", "blank lines"])
 def test_an_empty_file_is_refused(tmp_path, content):
     file = write(tmp_path, content)
-    assert refusal(file) == f"data.train: {file} is empty; it must hold one JSON object a line: {FORMATS}"
+    assert refusal(file) == f"data.train: {file} is empty; it must hold one object a row: {FORMATS}"
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        assert refusal(path) == f"data.train: there is no file {str(path)!r}; give a JSONL file"
+    path = tmp_path / "none.jsonl"
+    assert refusal(path) == (
+        f"data.train: there is no file {str(path)!r}; give a file or folder (.jsonl, .jsonl.gz, .parquet, .arrow), or "
+        "the hub id owner/name of a data set"
+    )
 
 
 def damaged(compressed: bytes, kind: str) -> bytes:
