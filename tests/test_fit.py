@@ -16,10 +16,8 @@ from abkd.kernels.memory import StepMemory
 from abkd.recipe import read_recipe
 
 CASES = {
-    "llama": [],
     "gpt2": ["training.activation_checkpointing=true"],
     "gpt2, dense": ["training.logits=dense"],
-    "llama, bf16": ["training.precision=bf16"],
     "llama, jsd": ["objective.divergence={kind: jsd}", "training.accumulation=2"],
 }
 
