@@ -8,8 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from abkd import config
+from abkd.data.batches import num_tokens
 from abkd.data.corpus import read_blocks
 from abkd.data.instructions import EncodingCounts, Example, encode
+from abkd.errors import InputError
 from abkd.evaluation.sets import EvaluationSet
 from abkd.fit import say_memory
 from abkd.inputs import Inputs
@@ -103,8 +105,36 @@ def make_student(recipe: config.Recipe, setup: Setup, say: Say) -> PreTrainedMod
                 student = merge_adapter(student, adapter, "student.adapter")
     if teacher is not None and (line := align_widths(student=student, teacher=teacher, tokenizer=setup.tokenizer)):
         say(line)
+    _check_context(recipe, setup, "student", student)
+    if teacher is not None:
+        _check_context(recipe, setup, "teacher", teacher)
     freeze(student, recipe.student)
     return with_lora(student, recipe.student.lora)
+
+
+def _check_context(recipe: config.Recipe, setup: Setup, name: str, model: PreTrainedModel) -> None:
+    """Refuses texts that are longer than the model has positions."""
+    context: int | None = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return
+    lengths = {"data.max_tokens": max(map(num_tokens, [*setup.train, *setup.validation]))}
+    if recipe.data.corpus:
+        lengths["data.corpus_tokens"] = recipe.data.corpus_tokens
+    if recipe.rollouts.kind != "fixed":
+        longest = max(len(example.prompt_ids) for example in setup.train)
+        lengths["rollouts.max_new_tokens"] = longest + recipe.rollouts.max_new_tokens
+    asked = setup.validation[: recipe.evaluation.num_generated]
+    prompts = [len(example.prompt_ids) for example in asked]
+    for each in setup.sets.values():
+        prompts += [len(setup.tokenizer(text, verbose=False)["input_ids"]) for text in each.prompts]
+    if prompts:
+        lengths["evaluation.max_new_tokens"] = max(prompts) + recipe.evaluation.max_new_tokens
+    for option, length in lengths.items():
+        if length > context:
+            raise InputError(
+                f"{option}: the longest text has {length:,} tokens with its prompt, and the {name} has "
+                f"{context:,} positions; lower {option}"
+            )
 
 
 def _describe(counts: EncodingCounts) -> str:

@@ -181,7 +181,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch)
 
 
 def test_ctrl_c_outside_of_training_ends_with_130(recipe_file, monkeypatch):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("abkd.inputs.read_instructions", interrupt)
@@ -190,7 +190,7 @@ def test_ctrl_c_outside_of_training_ends_with_130(recipe_file, monkeypatch):
 
 
 def test_a_defect_of_ours_is_not_disguised_as_the_users_mistake(recipe_file, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise ValueError("ours")
 
     monkeypatch.setattr("abkd.inputs.read_instructions", fail)

@@ -18,6 +18,7 @@ FLOORS = {
     "run": 10, "demo": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip
 ONLY_IN = {
+    "datasets": {"data/sources.py"},
     "matplotlib": {"analysis/plots.py"},
     "peft": {"models/adapters.py"},
     "pydantic": {"config.py", "recipe.py"},

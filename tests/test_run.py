@@ -262,6 +262,19 @@ def test_a_run_with_rollouts_logs_what_it_sampled(recipe_file, tmp_path, kind):
     assert all(("threshold" in line) == (kind == "adaptive") for line in lines)
 
 
+@pytest.mark.parametrize(
+    "options, field",
+    [
+        (["evaluation.num_generated=1", "evaluation.max_new_tokens=250"], "evaluation.max_new_tokens"),
+        (["rollouts.kind=on_policy", "rollouts.max_new_tokens=250"], "rollouts.max_new_tokens"),
+    ],
+)
+def test_texts_longer_than_the_models_context_are_refused_before_training(recipe_file, capsys, options, field):
+    assert cli.main(["train", str(recipe_file), *options]) == cli.USERS_MISTAKE
+    err = capsys.readouterr().err
+    assert err.startswith(f"abkd: {field}: the longest text has 2") and f"256 positions; lower {field}" in err
+
+
 def test_a_step_of_another_recipe_cannot_resume_a_run(recipe_file):
     assert cli.main(["train", str(recipe_file)]) == 0
     with pytest.raises(InputError, match="was started with 'num_steps: 4', not 'num_steps: 5'"):

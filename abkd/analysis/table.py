@@ -13,15 +13,15 @@ COLUMNS = {
     "alpha_beta": ("α-β (.2, .7)", "{:.3f}"),
     "token_agreement": ("agreement", "{:.1%}"),
     "next_token_loss": ("next-token", "{:.3f}"),
-    "entropy": ("entropy", "{:.3f}"),
     "rouge_l": ("ROUGE-L", "{:.1f}"),
     "num_parameters": ("parameters", "{:,}"),
 }
 MIN_WIDTH = 110
 TITLE = """Validation. Divergences from the teacher and next-token loss on the data: nats per token, lower is better.
-Agreement: tokens where student and teacher prefer the same one. Entropy: of the model's own rows, nats per token."""
+Agreement: tokens where student and teacher prefer the same one."""
 SETS_TITLE = """Evaluation sets: mean over prompts and sampling seeds, (standard deviation over seeds), 95 % bootstrap
-interval over the prompts. ROUGE-L or exact match, 0 to 100; Self-BLEU: how alike the answers are."""
+interval over the prompts. ROUGE-L or exact match, 0 to 100; Self-BLEU: how alike the answers are.
+Entropy: of the model's rows on the validation completions, nats per token."""
 
 
 def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -33,7 +33,7 @@ def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """
     shown = [key for key in COLUMNS if any(key in row for row in rows.values())]
     table = Table(title=TITLE, title_justify="left")
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     for key in shown:
         table.add_column(COLUMNS[key][0], justify="right", no_wrap=True)
     for name, row in rows.items():
@@ -47,17 +47,18 @@ def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
 def _sets_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for row in rows.values() for name in row.get("sets", {})))
     table = Table(title=SETS_TITLE, title_justify="left")
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("mean", justify="right", no_wrap=True)
     table.add_column("Self-BLEU", justify="right", no_wrap=True)
+    table.add_column("entropy", justify="right", no_wrap=True)
     for model, row in rows.items():
         if sets := row.get("sets"):
             alike = [each["self_bleu"] for each in sets.values() if each["self_bleu"] is not None]
             self_bleu = f"{fmean(alike):.1f}" if alike else ""
             cells = [_set_cell(sets[name]) if name in sets else "" for name in names]
-            table.add_row(model, *cells, f"{row['sets_mean']:.1f}", self_bleu)
+            table.add_row(model, *cells, f"{row['sets_mean']:.1f}", self_bleu, f"{row['entropy']:.2f}")
     return table
 
 
