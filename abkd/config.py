@@ -476,6 +476,9 @@ class Training(Section):
     """Micro-batches per optimiser step."""
     group_by_length: bool = False
     """Batches of examples of like length: less padding, less random."""
+    pack: bool = False
+    """Student and teacher read the examples of a batch end to end: no padding between them, the same loss. Refused for
+    a model in which they would see each other."""
     learning_rate: Positive
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up; cosine and linear end at 0."""

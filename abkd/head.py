@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from abkd.errors import InputError
+from abkd.packing import pack
 
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Attribute of a Hugging Face config -> the power of it that multiplies the logits."""
@@ -185,42 +186,86 @@ class _NoGradient(torch.autograd.Function):
         return None
 
 
-def completion_logits(model: nn.Module, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+def completion_logits(
+    model: nn.Module, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, packed: bool = False
+) -> Tensor:
     """`model(input_ids, attention_mask).logits[:, :-1][mask]`, the head applied between the outermost counted columns.
 
     Args:
         model: a Hugging Face causal language model, or a distributed wrapper around one.
         input_ids, attention_mask: `[batch, length]`.
         mask: bool `[batch, length - 1]`; True at (b, t) counts the prediction of token t + 1.
+        packed: the model reads the examples end to end (`abkd.packing`), which saves it the padding and changes no
+            row; for a model that `check_packing` lets pass.
 
     Returns:
         `[num_tokens, vocab]`, row by row in the order of `mask`, differentiable, in the model's dtype.
         Without a counted token it is `[0, vocab]`, still attached to the graph.
     """
-    logits, kept = _forward(model, input_ids, attention_mask, mask)
-    return logits[kept]
+    logits, counted = _forward(model, input_ids, attention_mask, mask, packed)
+    return logits[counted]
 
 
-def completion_hidden(model: nn.Module, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+def completion_hidden(
+    model: nn.Module, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, packed: bool = False
+) -> Tensor:
     """What the output head receives where `completion_logits` has a row, `[num_tokens, hidden]`; no logits are made.
 
     Arguments and edges as `completion_logits`.
     """
     with HeadInputs(model) as inputs:
-        logits, kept = _forward(model, input_ids, attention_mask, mask)
+        logits, counted = _forward(model, input_ids, attention_mask, mask, packed)
     if inputs.taken is None:
         raise InputError(f"{type(unwrapped(model)).__name__} did not call its output head; {_DENSE}")
-    return inputs.taken[kept] + logits.sum()  # 0: FSDP2 learns of the backward from what the model returned
+    return inputs.taken[counted] + logits.sum()  # 0: FSDP2 learns of the backward from what the model returned
 
 
-def _forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and the mask of their rows that count; only columns between the outermost counted ones where possible."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    columns = mask.any(dim=0).nonzero().squeeze(-1)
+def _forward(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, packed: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Logits, and row and column of those that count, in the order of `mask`.
+
+    Only columns between the outermost counted ones are made where possible.
+    """
+    if packed:
+        laid = pack(input_ids, attention_mask)
+        inputs = {"input_ids": laid.input_ids, "position_ids": laid.position_ids, "use_cache": False}
+        places, width = laid.places[:, :-1][mask], laid.input_ids.shape[1]
+        rows, columns = places // width, places % width
+    else:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        rows, columns = mask.nonzero(as_tuple=True)
     if len(columns) and "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
-        kept = torch.arange(int(columns[0]), int(columns[-1]) + 1, device=mask.device)
-        return model(**inputs, logits_to_keep=kept).logits, mask[:, kept]
-    return model(**inputs).logits, nn.functional.pad(mask, (0, 1))
+        first, last = torch.stack([columns.min(), columns.max()]).tolist()
+        kept = torch.arange(first, last + 1, device=mask.device)
+        return model(**inputs, logits_to_keep=kept).logits, (rows, columns - first)
+    return model(**inputs).logits, (rows, columns)
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Runs three short examples through `model`, padded and packed; leaves it as it was.
+
+    Raises:
+        InputError: packed examples see each other in it, or it takes no position ids.
+    """
+    name, device = type(unwrapped(model)).__name__, next(model.parameters()).device
+    attention_mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3, [1] * 3 + [0] * 3], device=device)
+    input_ids = torch.arange(attention_mask.numel(), device=device).view_as(attention_mask)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs["mask"] = attention_mask[:, 1:].bool()
+    was_training = model.training
+    model.eval()
+    expected = completion_logits(model, **inputs)
+    try:
+        found = completion_logits(model, **inputs, packed=True)
+    except TypeError as error:
+        raise InputError(f"training.pack: {name} takes no position ids ({error}); set training.pack=false") from error
+    finally:
+        model.train(was_training)
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 3e-2
+    if (found - expected).norm() > tolerance * expected.norm():
+        raise InputError(f"training.pack: in {name} packed examples would see each other; set training.pack=false")
 
 
 def unwrapped(model: nn.Module) -> Any:

@@ -92,6 +92,7 @@ def make_trainer(
         tokenizer=setup.tokenizer,
         callbacks=[MetricsWriter(run_dir.log), *callbacks],
         group_by_length=options.group_by_length,
+        pack=options.pack,
         rollouts=make_rollouts(recipe.rollouts),
         corpus=None if setup.corpus is None else Corpus(setup.corpus, options.seed),
         lm_weight=recipe.objective.lm_weight,

@@ -62,7 +62,8 @@ def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = Fa
     if recipe.teacher is None:
         return Setup(None, tokenizer, train, validation, sets, corpus)
     say(f"loading the teacher {recipe.teacher.path}")
-    teacher = InProcessTeacher(load_teacher(recipe.teacher), remember=recipe.teacher.remember)
+    model, pack = load_teacher(recipe.teacher), recipe.training.pack
+    teacher = InProcessTeacher(model, remember=recipe.teacher.remember, pack=pack)
     return Setup(teacher, tokenizer, train, validation, sets, corpus)
 
 

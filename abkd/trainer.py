@@ -20,7 +20,7 @@ from abkd.data.rollouts import SAMPLED_ID, Adaptive, Rollouts, roll_out
 from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence, ForwardKL, ReverseKL
 from abkd.errors import InputError
 from abkd.evaluation.fidelity import fidelity
-from abkd.head import LMHead, check_head, completion_hidden, completion_logits
+from abkd.head import LMHead, check_head, check_packing, completion_hidden, completion_logits
 from abkd.log import StepLog, figures
 from abkd.objective import Objective, completion_mask
 from abkd.ranks import summed
@@ -45,6 +45,8 @@ class DistillationTrainer(Trainer):
         train_examples, validation_examples: tokenised instructions.
         tokenizer: pads the batches, and is saved beside the student.
         group_by_length: batches of examples of like length.
+        pack: the student reads the examples of a micro-batch end to end, without padding and without seeing each
+            other; the loss stays the same. A teacher has its own `pack`.
         corpus, lm_weight: lm_weight times the mean next-token loss of the student over the corpus's tokens of the step
             is added; a micro-batch takes as many blocks as its batch size. Both or neither.
         rollouts: samples the completions of some steps, see `abkd.data.rollouts`; None trains on the data's alone. Of a
@@ -72,6 +74,7 @@ class DistillationTrainer(Trainer):
         tokenizer: Any,
         callbacks: Sequence[TrainerCallback] = (),
         group_by_length: bool = False,
+        pack: bool = False,
         rollouts: Rollouts | None = None,
         corpus: Corpus | None = None,
         lm_weight: float = 0.0,
@@ -98,7 +101,9 @@ class DistillationTrainer(Trainer):
         )
         self.teacher = teacher
         self.objective = objective
-        self.group_by_length = group_by_length
+        self.group_by_length, self.pack = group_by_length, pack
+        if pack:
+            check_packing(self.model)
         self.rollouts, self.corpus, self.lm_weight = rollouts, corpus, lm_weight
         self._micro_batch, self._num_micro_batches = 0, args.gradient_accumulation_steps
         self.fused, self.how_logits = _choose_logits(self.model, objective, logits)
@@ -115,7 +120,7 @@ class DistillationTrainer(Trainer):
     ) -> Tensor:
         labels, example_ids = inputs["labels"], inputs["example_ids"]
         mask = completion_mask(labels)
-        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "mask": mask}
+        batch: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"mask": mask}
         if isinstance(self.objective.divergence, AlphaBetaSchedule):
             self._exponents = self.objective.divergence.at(self._progress()).parameters  # the last used are logged
         objective = self.objective.at(self._progress())
@@ -130,7 +135,7 @@ class DistillationTrainer(Trainer):
         targets: Targets | None
         if self.fused:
             targets = teacher.targets(**teach) if teacher else None
-            hidden = completion_hidden(model, **batch)
+            hidden = completion_hidden(model, **batch, packed=self.pack)
             if hidden.dtype == torch.float16:  # the kernel takes its gradient before the loss is scaled
                 hidden = hidden.float()
             head = LMHead.read(model)  # after the forward: a wrapper may have put another weight there
@@ -139,7 +144,7 @@ class DistillationTrainer(Trainer):
         else:
             teacher_logits = teacher.logits(**teach).to(labels.device) if teacher else None
             targets = None if teacher_logits is None else DenseTargets(teacher_logits)
-            logits = completion_logits(model, **batch)
+            logits = completion_logits(model, **batch, packed=self.pack)
             rows = DenseTargets(logits.detach())
             loss = objective(student_logits=logits, teacher_logits=teacher_logits, **counted)
         if self._look_at_rows:
@@ -166,7 +171,8 @@ class DistillationTrainer(Trainer):
         self._micro_batch += 1
         first = (micro_batch * ranks + self.args.process_index) * size
         ids = self.corpus.rows(first, size).to(self.args.device)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": torch.ones_like(ids[:, 1:]).bool()}
+        ones = torch.ones_like(ids)
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": ones, "mask": ones[:, 1:].bool()}
         labels = ids[:, 1:].flatten()
         counted = {"labels": labels, "num_tokens": len(labels) * self._num_micro_batches * ranks}
         language = Objective(kd_weight=0.0, ce_weight=self.lm_weight)

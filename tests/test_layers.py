@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "abkd"
 FLOORS = {
-    "errors": -2, "ranges": -1, "ranks": -1,
+    "errors": -2, "ranges": -1, "ranks": -1, "packing": -1,
     "config": 0, "recipe": 1, "engine": 1, "divergences": 0, "head": 0, "vocab": 0, "rundir": 0, "paths": 0,
     "generation": 1, "calibrations": 1, "targets": 1, "kernels": 2,
     "objective": 3,

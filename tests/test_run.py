@@ -275,6 +275,15 @@ def test_texts_longer_than_the_models_context_are_refused_before_training(recipe
     assert err.startswith(f"abkd: {field}: the longest text has 2") and f"256 positions; lower {field}" in err
 
 
+def test_a_packed_run_comes_to_the_same_student(recipe_file, tmp_path):
+    run_dirs = [tmp_path / "padded", tmp_path / "packed"]
+    for run_dir in run_dirs:
+        pack = f"training.pack={str(run_dir.name == 'packed').lower()}"
+        assert cli.main(["train", str(recipe_file), pack, "training.batch_size=4", f"run_dir={run_dir}"]) == 0
+    padded, packed = map(student, run_dirs)
+    assert all(torch.allclose(padded[name], packed[name], atol=1e-5) for name in padded)
+
+
 def test_a_step_of_another_recipe_cannot_resume_a_run(recipe_file):
     assert cli.main(["train", str(recipe_file)]) == 0
     with pytest.raises(InputError, match="was started with 'num_steps: 4', not 'num_steps: 5'"):

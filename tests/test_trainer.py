@@ -33,7 +33,7 @@ def examples(count, tokenizer, seed=0):
 
 def make_trainer(tokenizer, folder, *, student=None, objective=None, teacher="a Llama", count=8, callbacks=(),
                  remember=False, grouped=False, logits="auto", rollouts=None,
-                 corpus=None, lm_weight=0.0, **options):  # fmt: skip
+                 corpus=None, lm_weight=0.0, pack=False, **options):  # fmt: skip
     arguments = {
         "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.1,
         "optim": "sgd",
@@ -44,13 +44,14 @@ def make_trainer(tokenizer, folder, *, student=None, objective=None, teacher="a 
     trainer = DistillationTrainer(
         model=shrink(model, 2) if student is None else student,
         args=TrainingArguments(**(arguments | options)),
-        teacher=teacher and InProcessTeacher(model, remember=remember),
+        teacher=teacher and InProcessTeacher(model, remember=remember, pack=pack),
         objective=objective or Objective(AlphaBeta(), ce_weight=0.3),
         train_examples=examples(count, tokenizer),
         validation_examples=examples(3, tokenizer, seed=1),
         tokenizer=tokenizer,
         callbacks=callbacks,
         group_by_length=grouped,
+        pack=pack,
         rollouts=rollouts,
         corpus=corpus,
         lm_weight=lm_weight,
@@ -97,6 +98,25 @@ def test_one_batch_of_8_equals_4_of_2_uneven_ones_with_sgd(tokenizer, tmp_path, 
     assert results[0].norm() > 1e-3
     for other in results[1:]:
         assert (other - results[0]).norm() < 1e-5 * results[0].norm()
+
+
+@pytest.mark.parametrize("logits", ["fused", "dense"])
+@pytest.mark.parametrize("remember", [False, True])
+def test_packed_batches_train_as_padded_ones(tokenizer, tmp_path, logits, remember):
+    results = []
+    for pack in (False, True):
+        trainer = make_trainer(tokenizer, tmp_path, pack=pack, logits=logits, remember=remember, max_steps=4, count=24,
+                               per_device_train_batch_size=4, gradient_accumulation_steps=2)  # fmt: skip
+        start, rows = weights(trainer), []
+        trainer.model.model.register_forward_hook(lambda model, args, output: rows.append(len(output[0])))  # noqa: B023
+        trainer.train()
+        results.append((weights(trainer) - start, trainer.state.log_history, rows))
+    (padded, padded_log, padded_rows), (packed, packed_log, packed_rows) = results
+    assert sum(packed_rows) < sum(padded_rows)
+    assert (packed - padded).norm() < 1e-4 * padded.norm()
+    for one, other in zip(padded_log, packed_log, strict=True):
+        for key in {"loss", "kd", "ce", "num_tokens", "masked_share"} & set(one):
+            assert float(one[key]) == pytest.approx(float(other[key]), rel=1e-4)
 
 
 def test_the_step_is_sgd_on_the_mean_over_the_counted_tokens(tokenizer, tmp_path):

@@ -1,6 +1,7 @@
 """How close a student is to its teacher on held-out completions."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ def fidelity(
     for batch in batches:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels, example_ids = batch["labels"], batch["example_ids"]
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"mask": completion_mask(labels)}
+        inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        inputs["mask"] = completion_mask(labels)
         tokens = labels[:, 1:][inputs["mask"]]
         num_tokens += len(tokens)
         rows = _targets(student, has_head, inputs)
@@ -78,7 +80,7 @@ def _has_head(model: nn.Module) -> bool:
     return True
 
 
-def _targets(model: nn.Module, has_head: bool, inputs: dict[str, Tensor]) -> Targets:
+def _targets(model: nn.Module, has_head: bool, inputs: dict[str, Any]) -> Targets:
     if not has_head:
         return DenseTargets(completion_logits(model, **inputs))
     return HiddenTargets(completion_hidden(model, **inputs), LMHead.read(model))

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abkd.errors import InputError
-from abkd.head import LMHead, check_head, completion_hidden, completion_logits
+from abkd.head import LMHead, check_head, check_packing, completion_hidden, completion_logits
 from abkd.targets import DenseTargets, HiddenTargets, Targets
 
 
@@ -17,11 +17,17 @@ class InProcessTeacher:
         remember: keep each example's last hidden states in main memory, num_tokens * hidden_size numbers,
             the first time it comes by, and apply only the head from then on. For several epochs, or for
             several students on one data set. Needs example ids that never change their meaning.
+        pack: the model reads the examples of a batch end to end, without padding; see `completion_logits`.
+
+    Raises:
+        InputError: pack, and packed examples see each other in the model.
     """
 
-    def __init__(self, model: PreTrainedModel, *, remember: bool = False):
+    def __init__(self, model: PreTrainedModel, *, remember: bool = False, pack: bool = False):
         self.model = model.eval().requires_grad_(False)
-        self.remember = remember
+        self.remember, self.pack = remember, pack
+        if pack:
+            check_packing(model)
         self._hidden: dict[int, Tensor] = {}  # example id -> [num_tokens, hidden]
         self._no_head: str | None = None  # why LMHead cannot be read, empty where it can; None until it is checked
 
@@ -36,7 +42,7 @@ class InProcessTeacher:
         """
         inputs = self._on_device(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
         if not self.remember:
-            return completion_logits(self.model, **inputs)
+            return completion_logits(self.model, **inputs, packed=self.pack)
         hidden = self._remembered(example_ids, **inputs)
         return LMHead.read(self.model).logits(hidden)
 
@@ -49,8 +55,8 @@ class InProcessTeacher:
         try:
             self._check_head()
         except InputError:
-            return DenseTargets(completion_logits(self.model, **inputs))
-        hidden = completion_hidden(self.model, **inputs)
+            return DenseTargets(completion_logits(self.model, **inputs, packed=self.pack))
+        hidden = completion_hidden(self.model, **inputs, packed=self.pack)
         return HiddenTargets(hidden, LMHead.read(self.model))
 
     def _on_device(self, **tensors: Tensor) -> dict[str, Tensor]:
@@ -61,7 +67,7 @@ class InProcessTeacher:
         ids = example_ids.tolist()
         if not all(example_id in self._hidden for example_id in ids):
             self._check_head()
-            hidden = completion_hidden(self.model, **inputs)
+            hidden = completion_hidden(self.model, **inputs, packed=self.pack)
             lengths = inputs["mask"].sum(dim=1).tolist()
             self._hidden.update(zip(ids, (rows.cpu().clone() for rows in hidden.split(lengths)), strict=True))
         return torch.cat([self._hidden[example_id] for example_id in ids]).to(self.model.device)
