@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from abkd.errors import InputError
 from abkd.fit import device_of
 from abkd.generation import Sampling, generate_ids
 from abkd.inputs import Inputs
+from abkd.parts import make_vllm
 from abkd.setup import Say, load_teacher, tokenizer_of
 
 Prompt = tuple[Instruction, list[int]]
@@ -30,14 +32,16 @@ def write_answers(
     batch_size: int,
     seed: int,
     say: Say,
+    vllm_memory: float | None = None,
 ) -> None:
     """Writes one row of instruction data for every answer that ends by itself and says something.
 
     A row has the fields that the recipe reads the prompt from, and `number`, its place among the prompts ordered by
     length. An answer depends on the options and its batch alone, so a run that was stopped goes on to the same file,
-    at the first batch that is not there whole.
+    at the first batch that is not there whole. (vLLM's can differ in the last digits, and then in words.)
 
     Args:
+        vllm_memory: vLLM answers with this share of the GPU's memory; None: transformers does.
         file: the data; beside it `file` + `.options.json` says what it was made with.
 
     Raises:
@@ -48,6 +52,7 @@ def write_answers(
     prompts = _prompts(recipe, inputs, tokenizer)
     options = {"teacher": recipe.teacher.model_dump(exclude={"kind", "remember"}), **asdict(sampling)}
     options |= {"batch_size": batch_size, "seed": seed, "prompts": _digest(prompts)}
+    options |= {"engine": "transformers" if vllm_memory is None else "vllm"}
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     first = _open(file, options, batch_size)
     if first is None:
@@ -55,7 +60,12 @@ def write_answers(
         return
     say(f"loading the teacher {recipe.teacher.path}")
     model = load_teacher(recipe.teacher)
-    if recipe.teacher.quantization == "none":
+    generate: Callable[..., list[list[int]]] = generate_ids
+    if vllm_memory is not None:
+        max_tokens = max(len(ids) for _, ids in prompts) + sampling.max_new_tokens
+        dtype = recipe.teacher.dtype
+        generate = make_vllm(model, max_tokens=max_tokens, memory=vllm_memory, dtype=dtype, is_fixed=True)
+    elif recipe.teacher.quantization == "none":
         model = model.to(device_of(recipe))
     num_left_out = 0
     with (
@@ -64,7 +74,7 @@ def write_answers(
     ):
         for index in range(first, len(batches)):
             rows, ids = zip(*batches[index], strict=True)
-            answers = generate_ids(
+            answers = generate(
                 model, ids, sampling, end_id=tokenizer.eos_token_id, batch_size=batch_size, seed=seed + index
             )
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)

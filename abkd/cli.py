@@ -114,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=_count, default=256, help="an answer that does not end is left out")
     generate.add_argument("--temperature", type=_non_negative, default=1.0, help="0 decodes greedily")
     generate.add_argument("--top-p", type=_share, default=1.0, help="draw from the most probable tokens of this mass")
+    generate.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="what samples")
+    generate.add_argument("--vllm-memory", type=_share, default=0.8, help="share of the GPU's memory for vLLM")
     generate.add_argument("--batch-size", type=_count, default=16)
     generate.add_argument("--seed", type=int, default=0)
     add_overrides(generate)
@@ -232,9 +234,17 @@ def _generate(options: argparse.Namespace) -> int:
     recipe = read_recipe(options.recipe, options.overrides)
     if recipe.teacher is None:
         raise InputError("teacher: there is none to write answers; set teacher.path=PATH")
-    recipe = recipe.model_copy(update={"run_dir": "-", "resume": False})
-    from abkd.inputs import check_inputs
+    from abkd.inputs import check_inputs, check_vllm
 
+    memory = options.vllm_memory if options.engine == "vllm" else None
+    if memory is not None:
+        check_vllm("--engine")
+        if recipe.teacher.quantization != "none":
+            raise InputError(
+                f"teacher.quantization={recipe.teacher.quantization} is not for vLLM; set teacher.quantization=none "
+                "and teacher.dtype=bfloat16, or leave out --engine vllm"
+            )
+    recipe = recipe.model_copy(update={"run_dir": "-", "resume": False})
     inputs = check_inputs(recipe)
     _say("loading torch and transformers")
     _quieten_libraries()
@@ -242,9 +252,8 @@ def _generate(options: argparse.Namespace) -> int:
     from abkd.generation import Sampling
 
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
-    write_answers(
-        recipe, inputs, Path(options.output), sampling, batch_size=options.batch_size, seed=options.seed, say=_say
-    )
+    how: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed, "vllm_memory": memory}
+    write_answers(recipe, inputs, Path(options.output), sampling, **how, say=_say)
     return DONE
 
 

@@ -434,6 +434,10 @@ class OnPolicy(Section):
     """0 decodes greedily."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw from the most probable tokens that together hold this mass."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: transformers in the model that trains, or vLLM with a copy of it, faster on a GPU."""
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the GPU's memory for vLLM's copy and its key-value cache."""
 
 
 class Mixed(OnPolicy):
@@ -653,9 +657,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _rollouts_fit(self):
-        kind = self.rollouts.kind
-        if kind == "fixed":
+        if isinstance(self.rollouts, Fixed):
             return self
+        kind = self.rollouts.kind
         if self.teacher is None or self.objective.kd_weight == 0:
             raise ValueError(
                 f"rollouts.kind={kind} needs a teacher and objective.kd_weight above 0; set rollouts.kind=fixed"
@@ -677,6 +681,11 @@ class Recipe(Section):
             )
         if kind == "adaptive" and self.training.validate_every == 0:
             raise ValueError("rollouts.kind=adaptive goes by the validation loss; set training.validate_every above 0")
+        if self.rollouts.engine == "vllm" and self.training.engine != "ddp":
+            raise ValueError(
+                f"rollouts.engine=vllm is sent a whole student, and training.engine={self.training.engine} shards it; "
+                "set rollouts.engine=transformers"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:

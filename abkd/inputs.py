@@ -84,6 +84,16 @@ def _check_packages(recipe: Recipe) -> None:
     for (package, extra, field), is_needed in needed.items():
         if is_needed and find_spec(package) is None:
             raise InputError(f"{field}: needs the package {package}; install it with pip install 'abkd[{extra}]'")
+    if getattr(recipe.rollouts, "engine", "") == "vllm":
+        check_vllm("rollouts.engine")
+
+
+def check_vllm(field: str) -> None:
+    """vLLM must be there, and this process alone."""
+    if num_ranks() > 1:
+        raise InputError(f"{field}: vllm samples in one process, and these are {num_ranks()}; use transformers")
+    if find_spec("vllm") is None:
+        raise InputError(f"{field}: needs the package vllm; install it with pip install 'abkd[vllm]'")
 
 
 def _check_resumable(recipe: Recipe, run_dir: RunDir) -> None:

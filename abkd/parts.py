@@ -1,17 +1,22 @@
 """Sections of a recipe -> the objects they describe."""
 
+from collections.abc import Callable
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from abkd import config
 from abkd.calibrations import CALIBRATIONS, Calibration, Plain
 from abkd.data.rollouts import STRATEGIES, Rollouts
 from abkd.divergences import KINDS, AlphaBeta, AlphaBetaSchedule, Divergence, Ramp
-from abkd.generation import Sampling
-from abkd.models.adapters import add_lora
+from abkd.generation import Sampling, generate_ids
+from abkd.generation_vllm import VLLM
+from abkd.models.adapters import add_lora, merged_weights
 from abkd.objective import Objective
 
 SAMPLING = ("max_new_tokens", "temperature", "top_p")
 """Fields of a recipe's section that make a `Sampling`."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def make_objective(section: config.Objective) -> Objective:
@@ -41,12 +46,20 @@ def make_divergence(section: config.Divergence) -> Divergence | AlphaBetaSchedul
     return KINDS[section.kind](**parameters)
 
 
-def make_rollouts(section: config.Rollouts) -> Rollouts | None:
+def make_rollouts(section: config.Rollouts, generate: Callable[..., list[list[int]]] = generate_ids) -> Rollouts | None:
     """None for fixed data."""
     if section.kind == "fixed":
         return None
-    parameters = section.model_dump(exclude={"kind", *SAMPLING})
-    return STRATEGIES[section.kind](Sampling(**section.model_dump(include=set(SAMPLING))), **parameters)
+    sampling = Sampling(**section.model_dump(include=set(SAMPLING)))
+    parameters = section.model_dump(exclude={"kind", "engine", "vllm_memory", *SAMPLING})
+    return STRATEGIES[section.kind](sampling, generate=generate, **parameters)
+
+
+def make_vllm(model: PreTrainedModel, *, max_tokens: int, memory: float, dtype: str, is_fixed: bool = False) -> VLLM:
+    """For prompts and completions of `max_tokens` together, or as many as `model` has positions."""
+    context = getattr(model.config, "max_position_embeddings", None) or max_tokens
+    options: Any = {"dtype": dtype, "memory": memory, "is_fixed": is_fixed, "weights": merged_weights}
+    return VLLM(model, max_tokens=min(max_tokens, context), **options)
 
 
 def freeze(student: PreTrainedModel, section: config.Student) -> None:

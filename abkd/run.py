@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from abkd.card import CARD, model_card
 from abkd.data.corpus import Corpus
 from abkd.engine import check_engine, describe, trainer_options
 from abkd.errors import InputError
+from abkd.generation import generate_ids
 from abkd.inputs import Inputs
 from abkd.measures import measure, measure_before
 from abkd.models.adapters import is_adapted, load_trained, merged
 from abkd.models.sharding import shard
-from abkd.parts import make_objective, make_rollouts
+from abkd.parts import DTYPES, make_objective, make_rollouts, make_vllm
 from abkd.ranks import on_all, on_first
 from abkd.rundir import EVALUATION, RESULTS, RunDir
 from abkd.setup import Say, Setup, make_student, prepare
@@ -93,13 +94,23 @@ def make_trainer(
         callbacks=[MetricsWriter(run_dir.log), *callbacks],
         group_by_length=options.group_by_length,
         pack=options.pack,
-        rollouts=make_rollouts(recipe.rollouts),
+        rollouts=make_rollouts(recipe.rollouts, _generate_of(recipe, student)),
         corpus=None if setup.corpus is None else Corpus(setup.corpus, options.seed),
         lm_weight=recipe.objective.lm_weight,
         logits=options.logits,
     )
     quiet(trainer)
     return trainer
+
+
+def _generate_of(recipe: config.Recipe, student: PreTrainedModel) -> Callable[..., list[list[int]]]:
+    """What samples the rollouts."""
+    section = recipe.rollouts
+    if section.kind == "fixed" or section.engine == "transformers":
+        return generate_ids
+    max_tokens = recipe.data.max_prompt_tokens + section.max_new_tokens
+    dtype = DTYPES[recipe.training.precision]
+    return make_vllm(student, max_tokens=max_tokens, memory=section.vllm_memory, dtype=dtype)
 
 
 def distil(

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "abkd"
 FLOORS = {
     "errors": -2, "ranges": -1, "ranks": -1, "packing": -1,
     "config": 0, "recipe": 1, "engine": 1, "divergences": 0, "head": 0, "vocab": 0, "rundir": 0, "paths": 0,
-    "generation": 1, "calibrations": 1, "targets": 1, "kernels": 2,
+    "generation": 1, "generation_vllm": 2, "calibrations": 1, "targets": 1, "kernels": 2,
     "objective": 3,
     "teachers": 4, "data": 4, "models": 4, "evaluation": 4, "analysis": 4,
     "diagnostics": 0, "callbacks": 4,
@@ -24,6 +24,7 @@ ONLY_IN = {
     "pydantic": {"config.py", "recipe.py"},
     "rich": {"analysis/table.py"},
     "rouge_score": {"evaluation/rouge.py"},
+    "vllm": {"generation_vllm.py"},
     "triton": {"kernels/triton.py"},
 }
 TORCH_FREE = [

@@ -30,6 +30,8 @@ class OnPolicy:
 
     kind: ClassVar[str] = "on_policy"
     sampling: Sampling
+    generate: Callable[..., list[list[int]]] = field(default=generate_ids, repr=False, kw_only=True)
+    """`generate_ids`, or what takes its place: `abkd.generation_vllm.VLLM`."""
     drawn: list[Example] = field(default_factory=list, repr=False, init=False)
     """What has been sampled since it was last cleared, for the log."""
 
@@ -161,7 +163,7 @@ def roll_out(
             examples = strategy.recall(len(prompts), dice)
         else:
             size = len(prompts)
-            completions = generate_ids(
+            completions = strategy.generate(
                 model, prompts, strategy.sampling, end_id=end_id, batch_size=size, seed=dice.getrandbits(63)
             )
             examples = [_sampled(*row) for row in zip(prompts, completions, strict=True)]

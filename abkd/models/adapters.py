@@ -1,6 +1,7 @@
 """LoRA through peft: an adapter put on a model, merged into it, read from a folder."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +69,18 @@ def is_adapted(model: Any) -> bool:
 def merged(model: Any) -> Any:
     """The plain model with the adapter's updates in its weights; the adapted one is used up."""
     return model.merge_and_unload().requires_grad_(True) if is_adapted(model) else model
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, Any]]:
+    """Names and tensors of `merged(model)`, one after the other; the model stays as it is."""
+    inner = model.get_base_model() if is_adapted(model) else model
+    for name, weight in inner.state_dict().items():
+        owner, _, leaf = name.rpartition(".base_layer.")
+        if owner and leaf == "weight":
+            layer = inner.get_submodule(owner)
+            weight = weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), weight
 
 
 def load_trained(student: Any, folder: Path) -> Any:
