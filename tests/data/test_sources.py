@@ -8,7 +8,7 @@ import pytest
 
 from abkd import InputError, cli
 from abkd.data.instructions import read_instructions
-from abkd.data.sources import read_rows
+from abkd.data.sources import read_rows, read_table
 
 ROWS = [{"prompt": f"Q{n}?", "completion": f"A{n}."} for n in range(5)]
 CHATS = [
@@ -150,3 +150,12 @@ def test_the_rows_of_the_docs_are_read(tmp_path):
     (tmp_path / "rows.jsonl").write_text(block, encoding="utf-8")
     found = read_instructions(tmp_path / "rows.jsonl", "data.train")
     assert len(found) == len(block.splitlines()) == 8
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_table_has_the_rows_of_every_form_and_says_where_it_stands(tmp_path, form):
+    path = write(tmp_path, form)
+    table = read_table(str(path), "data.train")
+    assert [row for _, row in table.rows] == ROWS
+    assert table.features.keys() == (set() if form == "jsonl" else {"prompt", "completion"})
+    assert table.origin == f"{path} [train]" if form == "saved splits" else table.origin == str(path)
