@@ -24,7 +24,7 @@ Prompt = tuple[Instruction, list[int]]
 
 
 def write_answers(
-    recipe: config.Recipe,
+    recipe: config.LanguageRecipe,
     inputs: Inputs,
     file: Path,
     sampling: Sampling,
@@ -92,7 +92,7 @@ def write_answers(
     _note(_options_file(file), options, finished=True)
 
 
-def _prompts(recipe: config.Recipe, inputs: Inputs, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def _prompts(recipe: config.LanguageRecipe, inputs: Inputs, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """What is to be answered, the shortest first: batches of like lengths."""
     data = recipe.data
     prompts = []

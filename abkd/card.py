@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from abkd.config import Recipe
+from abkd.config import ImageRecipe, LanguageRecipe, Recipe
 from abkd.models.pretrained import find_model
 from abkd.paths import find_path
 from abkd.rundir import environment
@@ -18,14 +18,58 @@ MEASURES = {
     "next_token_loss": "next-token loss",
     "rouge_l": "ROUGE-L",
 }
+IMAGE_MEASURES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "agreement": "agreement",
+    "cross_entropy": "cross-entropy",
+    "forward_kl": "forward KL",
+    "reverse_kl": "reverse KL",
+    "alpha_beta": "α-β (0.2, 0.7)",
+    "calibration_error": "calibration error",
+}
 
 
-def model_card(recipe: Recipe, results: dict[str, Any]) -> str:
+def language_card(recipe: LanguageRecipe, results: dict[str, Any]) -> str:
+    """The card of a language model; see `_card`."""
+    intro = (
+        f"On {results['after']['num_tokens']:,} tokens of validation data. Divergences from the teacher and next-token "
+        "loss are in\nnats per token, lower is better; agreement is the share of tokens where student and teacher "
+        "prefer the same one."
+    )
+    return _card(recipe, _front_matter(recipe), _made(recipe, results), intro, _table(results, MEASURES))
+
+
+def image_card(recipe: ImageRecipe, results: dict[str, Any]) -> str:
+    """The card of an image classifier; see `_card`."""
+    after = results["after"]
+    selected = {"last": "the last step", "validation": "the best validation accuracy", "test": "the best TEST accuracy"}
+    intro = (
+        f"On {after['num_images']:,} test images; the student is that of {selected[recipe.training.select_on]}. "
+        "Accuracies and agreement\nare shares, divergences from the teacher and cross-entropy nats per image."
+    )
+    data = f"on the images of `{recipe.data.train}` for {results['num_steps']:,} steps."
+    start = getattr(recipe.student, "name", "") or recipe.student.path
+    objective = results["calibration"] if recipe.objective.calibration else results["divergence"]
+    teacher = recipe.teacher and (recipe.teacher.path or getattr(recipe.teacher, "name", ""))
+    made = (
+        f"`{start}` trained {data}"
+        if teacher is None
+        else f"`{start}`, distilled from `{teacher}` under {objective} {data}"
+    )
+    front = ModelCardData(
+        library_name="abkd",
+        pipeline_tag="image-classification",
+        tags=["abkd", "image-classification" if teacher is None else "distillation"],
+    )
+    return _card(recipe, front, made, intro, _table(results, IMAGE_MEASURES))
+
+
+def _card(recipe: Recipe, front_matter: ModelCardData, made: str, intro: str, table: str) -> str:
     """What the student is made of, how, what came out, and the command that repeats it.
 
     Args:
         recipe: of the run. Its paths are in the card as the recipe writes them, and no others.
-        results: the content of results.json.
     """
     made_by = environment()
     again = f"abkd train recipe.yaml run_dir={recipe.run_dir}-again"
@@ -33,9 +77,8 @@ def model_card(recipe: Recipe, results: dict[str, Any]) -> str:
         again = f"torchrun --nproc-per-node {count} -m {again}"
     commit = f", commit {made_by['commit']}" if made_by["commit"] else ""
     content = recipe.model_copy(update={"resume": False}).to_yaml()
-    made = _made(recipe, results)
     return f"""---
-{_front_matter(recipe).to_yaml()}
+{front_matter.to_yaml()}
 ---
 
 # {recipe.run_dir.rstrip("/").rpartition("/")[2]}
@@ -46,10 +89,9 @@ Trained by abkd {made_by["versions"].get("abkd", "")}{commit}, torch {made_by["v
 
 ## Results
 
-On {results["after"]["num_tokens"]:,} tokens of validation data. Divergences from the teacher and next-token loss are in
-nats per token, lower is better; agreement is the share of tokens where student and teacher prefer the same one.
+{intro}
 
-{_table(results)}
+{table}
 
 ## Repeat it
 
@@ -60,7 +102,7 @@ Save this as `recipe.yaml`, then `{again}`:
 """
 
 
-def _front_matter(recipe: Recipe) -> ModelCardData:
+def _front_matter(recipe: LanguageRecipe) -> ModelCardData:
     """What a hub indexes. Of models and data only those that are on a hub."""
     start = recipe.student if recipe.student.kind == "pretrained" else recipe.teacher
     assert start is not None
@@ -74,7 +116,7 @@ def _front_matter(recipe: Recipe) -> ModelCardData:
     )
 
 
-def _made(recipe: Recipe, results: dict[str, Any]) -> str:
+def _made(recipe: LanguageRecipe, results: dict[str, Any]) -> str:
     steps = f"{results['num_steps']:,} steps"
     if recipe.training.keep_best:
         steps += f", of which it is step {results['student_step']:,}, the best by {recipe.training.keep_best}"
@@ -90,12 +132,12 @@ def _made(recipe: Recipe, results: dict[str, Any]) -> str:
     return f"{start}distilled from `{recipe.teacher.path}` under {objective} {data}."
 
 
-def _table(results: dict[str, Any]) -> str:
+def _table(results: dict[str, Any], named: dict[str, str]) -> str:
     rows = {name: results[name] for name in ("teacher", "before", "after") if name in results}
-    measures = [name for name in MEASURES if name in results["after"]]
-    lines = ["| | " + " | ".join(MEASURES[name] for name in measures) + " | parameters |"]
+    measures = [name for name in named if name in results["after"]]
+    lines = ["| | " + " | ".join(named[name] for name in measures) + " | parameters |"]
     lines.append("|---" * (len(measures) + 2) + "|")
     for title, row in rows.items():
-        numbers = " | ".join(f"{row[name]:.3f}" for name in measures)
+        numbers = " | ".join(f"{row[name]:.3f}" if name in row else "" for name in measures)
         lines.append(f"| {title} | {numbers} | {row['num_parameters']:,} |")
     return "\n".join(lines)

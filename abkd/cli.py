@@ -10,16 +10,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from abkd import ranks
-from abkd.config import Recipe
+from abkd.config import LanguageRecipe, Recipe
 from abkd.errors import InputError
 from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.rundir import RECIPE, RunDir
-
-if TYPE_CHECKING:
-    from abkd.inputs import Inputs
 
 QUICK = (
     "data.max_train_rows=2",
@@ -145,7 +142,7 @@ def _train(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _check_together(recipe: Recipe) -> "Inputs":
+def _check_together(recipe: Recipe) -> Any:
     """The inputs, checked on every rank of the launch, after the launch itself."""
     from abkd.engine import check_launcher
     from abkd.inputs import check_inputs
@@ -161,9 +158,11 @@ def _check(options: argparse.Namespace) -> int:
 
     inputs = check_inputs(recipe)
     print(recipe.to_yaml(), end="")
-    for model in inputs.models:
-        _say(model)
-    _say(f"data: {len(inputs.train):,} rows to train on, {len(inputs.validation):,} to validate with; all well-formed")
+    for line in (*inputs.models, inputs.summary):
+        _say(line)
+    if not isinstance(recipe, LanguageRecipe):
+        _say("the recipe is valid; weights are compared with their networks when they are loaded")
+        return DONE
     _say("the recipe is valid; prompt lengths and vocabularies are checked when the tokenizer is loaded")
     _say("loading torch and transformers, for the memory that a step needs")
     _quieten_libraries()
@@ -209,7 +208,7 @@ def _target_of(name: str, recipe_name: str | None, overrides: Sequence[str]) -> 
         raise InputError(f"target: {name!r} is no run; for a model name teacher and data with --recipe RECIPE")
     before = read_recipe(recipe_name, overrides)
     content = before.to_dict()
-    changes = {"student": _as_student(content["student"], student), "resume": False, "run_dir": "-"}
+    changes = {"student": _as_student(before.task, content["student"], student), "resume": False, "run_dir": "-"}
     return parse_recipe(content | changes), before, folder
 
 
@@ -231,10 +230,10 @@ def _check_comparable(recipes: dict[str, Recipe]) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     _one_process("generate")
-    recipe = read_recipe(options.recipe, options.overrides)
+    recipe = _language_recipe("generate", options)
     if recipe.teacher is None:
         raise InputError("teacher: there is none to write answers; set teacher.path=PATH")
-    from abkd.inputs import check_inputs, check_vllm
+    from abkd.inputs import check_language_inputs, check_vllm
 
     memory = options.vllm_memory if options.engine == "vllm" else None
     if memory is not None:
@@ -245,7 +244,7 @@ def _generate(options: argparse.Namespace) -> int:
                 "and teacher.dtype=bfloat16, or leave out --engine vllm"
             )
     recipe = recipe.model_copy(update={"run_dir": "-", "resume": False})
-    inputs = check_inputs(recipe)
+    inputs = check_language_inputs(recipe)
     _say("loading torch and transformers")
     _quieten_libraries()
     from abkd.answers import write_answers
@@ -257,8 +256,17 @@ def _generate(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _as_student(section: dict[str, Any], path: str) -> dict[str, Any]:
+def _language_recipe(command: str, options: argparse.Namespace) -> LanguageRecipe:
+    recipe = read_recipe(options.recipe, options.overrides)
+    if not isinstance(recipe, LanguageRecipe):
+        raise InputError(f"{command}: is for language models, and the recipe's task is {recipe.task}")
+    return recipe
+
+
+def _as_student(task: str, section: dict[str, Any], path: str) -> dict[str, Any]:
     """The student's section for a trained one at `path`: a model, or an adapter for the model of `section`."""
+    if task == "image_classification":
+        return section | {"path": path, "new_head": False} | ({"pretrained": False} if "pretrained" in section else {})
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
         return {"kind": "pretrained", "path": section.get("path", path), "adapter": path}
     return {"kind": "pretrained", "path": path}
@@ -281,11 +289,13 @@ def _recipes(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     _one_process("demo")
-    recipe = read_recipe("demo", [*(QUICK if options.quick else ()), *options.overrides])
+    options.recipe, options.overrides = "demo", [*(QUICK if options.quick else ()), *options.overrides]
+    recipe = _language_recipe("demo", options)
     recipe = recipe.model_copy(update={"run_dir": str(_free_folder(Path(recipe.run_dir)))})
-    from abkd.inputs import check_inputs
+    from abkd.inputs import Inputs, check_inputs
 
     inputs = check_inputs(recipe)
+    assert isinstance(inputs, Inputs)
     _say("loading torch and transformers")
     _quieten_libraries()
     from abkd.demo import run_demo

@@ -9,7 +9,7 @@ from typing import Any
 from abkd.analysis.mass import RankMass
 from abkd.analysis.plots import draw_comparison
 from abkd.analysis.table import print_table
-from abkd.config import Recipe
+from abkd.config import LanguageRecipe
 from abkd.inputs import Inputs
 from abkd.measures import measure_before
 from abkd.recipe import parse_recipe
@@ -25,7 +25,7 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
 MEASURES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "alpha_beta": "α-β (0.2, 0.7)"}
 
 
-def run_demo(recipe: Recipe, inputs: Inputs, say: Say) -> bool:
+def run_demo(recipe: LanguageRecipe, inputs: Inputs, say: Say) -> bool:
     """Runs it all in folders under `recipe.run_dir`. False if it was interrupted."""
     started = time.monotonic()
     setup = prepare(recipe, inputs, say)
@@ -47,14 +47,16 @@ def run_demo(recipe: Recipe, inputs: Inputs, say: Say) -> bool:
     return True
 
 
-def _under(recipe: Recipe, divergence: dict[str, Any]) -> Recipe:
+def _under(recipe: LanguageRecipe, divergence: dict[str, Any]) -> LanguageRecipe:
     content = recipe.to_dict()
     content["objective"]["divergence"] = divergence
     content["run_dir"] = str(Path(recipe.run_dir) / divergence["kind"])
-    return parse_recipe(content)
+    changed = parse_recipe(content)
+    assert isinstance(changed, LanguageRecipe)
+    return changed
 
 
-def _report(recipe: Recipe, validation, measured: dict[str, Any], results: dict[str, Any], say: Say) -> None:
+def _report(recipe: LanguageRecipe, validation, measured: dict[str, Any], results: dict[str, Any], say: Say) -> None:
     rows = {"teacher": measured["teacher"], "before": measured["before"]}
     rows |= {f"after {name}": result["after"] for name, result in results.items()}
     for index, example in enumerate(validation[: recipe.evaluation.num_generated]):

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from abkd.config import Recipe
-from abkd.inputs import Inputs
-from abkd.measures import measure
 from abkd.rundir import EVALUATION
-from abkd.setup import Say, Setup, make_student, prepare
+from abkd.setup import Say
+from abkd.tasks import task_of
 
 
 class Target(NamedTuple):
@@ -20,18 +19,19 @@ class Target(NamedTuple):
     """Of the run, whose answers are kept there; None for a model that is no run."""
 
 
-def evaluate(targets: Mapping[str, Target], inputs: Inputs, say: Say) -> dict[str, Any]:
-    """`measures.measure` of the teacher, of each different student before training, and of every target, in this order.
+def evaluate(targets: Mapping[str, Target], inputs: Any, say: Say) -> dict[str, Any]:
+    """Measures of the teacher, of each different student before training, and of every target, in this order.
 
     Args:
         targets: by name, of one teacher, one data set and one protocol, which are those of `inputs`. A lone one is
             called `student`.
     """
     first = next(iter(targets.values()))
-    setup = prepare(first.recipe, inputs, say)
+    task = task_of(first.recipe)
+    setup = task.prepare(first.recipe, inputs, say)
     measured: dict[str, Any] = {}
     if setup.teacher is not None:
-        measured["teacher"] = measure(first.recipe, setup, setup.teacher.model, _keep(first, "teacher"))
+        measured["teacher"] = task.measure(first.recipe, setup, task.teacher_model(setup), _keep(first, "teacher"))
     before: dict[str, str] = {}
     for name, target in targets.items():
         student = target.before.student.model_dump_json()
@@ -46,9 +46,10 @@ def evaluate(targets: Mapping[str, Target], inputs: Inputs, say: Say) -> dict[st
     return measured
 
 
-def _measure(target: Target, recipe: Recipe, setup: Setup, name: str, say: Say) -> dict[str, Any]:
-    say(f"measuring {target.recipe.student.path if name == 'after' else 'the student before training'}")  # type: ignore[union-attr]
-    return measure(target.recipe, setup, make_student(recipe, setup, say), _keep(target, name))
+def _measure(target: Target, recipe: Recipe, setup: Any, name: str, say: Say) -> dict[str, Any]:
+    say(f"measuring {target.recipe.student.path if name == 'after' else 'the student before training'}")
+    task = task_of(recipe)
+    return task.measure(target.recipe, setup, task.make_student(recipe, setup, say), _keep(target, name))
 
 
 def _keep(target: Target, name: str) -> Path | None:

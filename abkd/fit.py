@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abkd import config
-from abkd.config import Recipe
+from abkd.config import LanguageRecipe
 from abkd.data.batches import num_tokens
 from abkd.data.instructions import Example
 from abkd.divergences import AlphaBetaSchedule
@@ -25,7 +25,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def say_memory(recipe: Recipe, say: Callable[[str], None], train: Sequence[Example] = ()) -> None:
+def say_memory(recipe: LanguageRecipe, say: Callable[[str], None], train: Sequence[Example] = ()) -> None:
     """What a training step needs, and what to change where it does not fit; see `step_memory_of`."""
     if reason := _not_simulated(recipe):
         say(f"memory: what a training step needs is not known, because {reason}")
@@ -39,7 +39,7 @@ def say_memory(recipe: Recipe, say: Callable[[str], None], train: Sequence[Examp
         say(line)
 
 
-def _not_simulated(recipe: Recipe) -> str:
+def _not_simulated(recipe: LanguageRecipe) -> str:
     """Why `step_memory_of` would be wrong; empty where it is right."""
     if recipe.teacher and recipe.teacher.quantization != "none":
         return "the teacher is quantised"
@@ -50,7 +50,7 @@ def _not_simulated(recipe: Recipe) -> str:
     return ""
 
 
-def step_memory_of(recipe: Recipe, train: Sequence[Example] = ()) -> StepMemory:
+def step_memory_of(recipe: LanguageRecipe, train: Sequence[Example] = ()) -> StepMemory:
     """Of the longest batch that `train` can give; without examples, of a batch of data.max_tokens each."""
     size = recipe.training.batch_size
     lengths = sorted(map(num_tokens, train))[-size:] or [recipe.data.max_tokens] * size
@@ -97,7 +97,7 @@ def step_memory_of(recipe: Recipe, train: Sequence[Example] = ()) -> StepMemory:
     return step_memory(make_models, step)
 
 
-def advice(recipe: Recipe, estimate: Callable[[Recipe], StepMemory], free: int) -> list[str]:
+def advice(recipe: LanguageRecipe, estimate: Callable[[LanguageRecipe], StepMemory], free: int) -> list[str]:
     """Lines for the user: what a step needs, and where that is more than `free` bytes, overrides with which it fits."""
     needed = estimate(recipe)
     lines = [f"memory: a training step needs {needed}; {free / 2**30:.1f} GiB are free"]
@@ -115,7 +115,7 @@ def advice(recipe: Recipe, estimate: Callable[[Recipe], StepMemory], free: int) 
     return lines
 
 
-def _savings(recipe: Recipe) -> Iterator[dict[str, Any]]:
+def _savings(recipe: LanguageRecipe) -> Iterator[dict[str, Any]]:
     """Overrides that save memory and change little else, the mildest first."""
     if recipe.training.logits == "dense":
         yield {"training.logits": "auto"}
@@ -129,15 +129,17 @@ def _savings(recipe: Recipe) -> Iterator[dict[str, Any]]:
         yield {"training.batch_size": size, "training.accumulation": accumulation}
 
 
-def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+def _changed(recipe: LanguageRecipe, changes: dict[str, Any]) -> LanguageRecipe:
     content = recipe.to_dict()
     for key, value in changes.items():
         section, _, name = key.partition(".")
         content[section][name] = value
-    return parse_recipe(content)
+    changed = parse_recipe(content)
+    assert isinstance(changed, LanguageRecipe)
+    return changed
 
 
-def device_of(recipe: Recipe) -> torch.device:
+def device_of(recipe: LanguageRecipe) -> torch.device:
     """Where the recipe trains."""
     return torch.device(device_type(recipe.training))
 

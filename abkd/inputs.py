@@ -4,9 +4,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from abkd.config import Recipe
+from abkd.config import ImageRecipe, LanguageRecipe, Recipe
 from abkd.data.instructions import Instruction, hold_out, read_instructions
 from abkd.errors import InputError
+from abkd.image_inputs import ImageInputs, check_image_inputs
 from abkd.models.adapters import find_adapter
 from abkd.models.pretrained import find_model
 from abkd.paths import find_path
@@ -22,15 +23,18 @@ class Inputs(NamedTuple):
     models: list[str]
     """What will be loaded, and whether it is here or on a hub."""
 
+    @property
+    def summary(self) -> str:
+        return f"data: {len(self.train):,} rows to train on, {len(self.validation):,} to validate with; all well-formed"
 
-def check_inputs(recipe: Recipe) -> Inputs:
+
+def check_inputs(recipe: Recipe) -> Inputs | ImageInputs:
     """Reads every row of data, looks at every model's headers, and at the run's folder.
 
     Raises:
         InputError: something is missing, torn, malformed, or would be written over.
     """
     run_dir = RunDir(Path(recipe.run_dir))
-    _check_packages(recipe)
     if recipe.resume:
         _check_resumable(recipe, run_dir)
     elif is_first():
@@ -38,6 +42,16 @@ def check_inputs(recipe: Recipe) -> Inputs:
     for package in recipe.training.report_to:
         if find_spec(package) is None:
             raise InputError(f"training.report_to: {package} is not installed; pip install {package}, or leave it out")
+    match recipe:
+        case LanguageRecipe():
+            return check_language_inputs(recipe)
+        case ImageRecipe():
+            return check_image_inputs(recipe)
+    raise AssertionError(recipe.task)
+
+
+def check_language_inputs(recipe: LanguageRecipe) -> Inputs:
+    _check_packages(recipe)
     named = {"teacher.path": recipe.teacher.path} if recipe.teacher else {}
     adapters = {"teacher.adapter": recipe.teacher.adapter} if recipe.teacher else {}
     if recipe.student.kind == "pretrained":
@@ -70,7 +84,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     return Inputs(train, validation[: recipe.data.max_validation_rows or None], sets, models)
 
 
-def _check_packages(recipe: Recipe) -> None:
+def _check_packages(recipe: LanguageRecipe) -> None:
     """What only some recipes need, and an installation may be without."""
     teacher, student = recipe.teacher, recipe.student
     adapter = student.adapter if student.kind == "pretrained" else ""

@@ -14,7 +14,7 @@ from abkd.targets import Targets
 
 ROWS = 32
 """Tokens whose rows are looked at for one line."""
-COUNTED = ("kd", "ce", "num_tokens", "num_read", "lm", "lm_tokens")
+COUNTED = ("kd", "ce", "num_tokens", "num_read", "lm", "lm_tokens", "features")
 OF_ROWS = ("student_entropy", "teacher_entropy", "token_accuracy", "token_agreement")
 
 
@@ -35,6 +35,10 @@ class StepLog:
         """The corpus's part of a micro-batch."""
         self.sums["lm"] += loss.ce_sum.item()
         self.sums["lm_tokens"] += num_tokens
+
+    def add_features(self, weighted_sum: Tensor) -> None:
+        """The terms on features of a micro-batch of images, times their weights."""
+        self.sums["features"] += weighted_sum.item()
 
     @torch.no_grad()
     def add_rows(self, student: Targets, teacher: Targets | None, labels: Tensor, place: int) -> None:
@@ -60,6 +64,8 @@ def figures(sums: dict[str, float], seconds: float, device: torch.device) -> dic
     line = {"kd": sums["kd"] / num_tokens, "ce": sums["ce"] / num_tokens, "num_tokens": sums["num_tokens"]}
     if sums["lm_tokens"]:
         line["lm"] = sums["lm"] / sums["lm_tokens"]
+    if sums["features"]:
+        line["features"] = sums["features"] / num_tokens
     counts = {"teacher_entropy": "num_teacher_rows", "token_agreement": "num_teacher_rows"}
     for name in OF_ROWS:
         if count := sums[counts.get(name, "num_rows")]:

@@ -20,7 +20,7 @@ from abkd.trainer import VALIDATION_DIVERGENCES
 
 
 def measure_before(
-    recipe: config.Recipe, setup: Setup, student: PreTrainedModel, keep: Path | None = None
+    recipe: config.LanguageRecipe, setup: Setup, student: PreTrainedModel, keep: Path | None = None
 ) -> dict[str, Any]:
     """What `measure` says of the teacher, if there is one, and of the untrained student."""
     teacher = {}
@@ -29,7 +29,9 @@ def measure_before(
     return teacher | {"before": measure(recipe, setup, student, keep and keep / "before")}
 
 
-def measure(recipe: config.Recipe, setup: Setup, model: PreTrainedModel, keep: Path | None = None) -> dict[str, Any]:
+def measure(
+    recipe: config.LanguageRecipe, setup: Setup, model: PreTrainedModel, keep: Path | None = None
+) -> dict[str, Any]:
     """Fidelity to the teacher on the validation data, answers with their ROUGE-L if asked for, the evaluation sets.
 
     Args:
@@ -62,7 +64,7 @@ def measure(recipe: config.Recipe, setup: Setup, model: PreTrainedModel, keep: P
 
 
 def _measure_set(
-    recipe: config.Recipe, setup: Setup, model: PreTrainedModel, name: str, keep: Path | None
+    recipe: config.LanguageRecipe, setup: Setup, model: PreTrainedModel, name: str, keep: Path | None
 ) -> dict[str, Any]:
     options, chosen = recipe.evaluation, setup.sets[name]
     num_answers = len(chosen.prompts) * options.num_seeds
@@ -82,7 +84,7 @@ def _measure_set(
         )
 
 
-def answer(recipe: config.Recipe, setup: Setup, model: PreTrainedModel) -> list[str]:
+def answer(recipe: config.LanguageRecipe, setup: Setup, model: PreTrainedModel) -> list[str]:
     """The model's answers to the first `evaluation.num_generated` validation prompts; each rank does its part."""
     options = recipe.evaluation
     asked = [example.prompt for example in setup.validation[: options.num_generated]]

@@ -9,6 +9,7 @@ from abkd import config
 from abkd.calibrations import CALIBRATIONS, Calibration, Plain
 from abkd.data.rollouts import STRATEGIES, Rollouts
 from abkd.divergences import KINDS, AlphaBeta, AlphaBetaSchedule, Divergence, Ramp
+from abkd.features import METHODS, FeatureTerm
 from abkd.generation import Sampling, generate_ids
 from abkd.generation_vllm import VLLM
 from abkd.models.adapters import add_lora, merged_weights
@@ -44,6 +45,18 @@ def make_divergence(section: config.Divergence) -> Divergence | AlphaBetaSchedul
     if any(isinstance(value, Ramp) for value in parameters.values()):
         return AlphaBetaSchedule(**parameters)
     return KINDS[section.kind](**parameters)
+
+
+def make_terms(section: config.ImageObjective, seed: int) -> list[FeatureTerm]:
+    """The terms on features, with the seed of the training."""
+    terms = []
+    for each in section.features:
+        placed = each.model_dump(include={"student_layer", "teacher_layer", "student_side", "teacher_side", "weight"})
+        parameters = each.model_dump(exclude={"kind", *placed}) | {"seed": seed}
+        method = METHODS[each.kind](**parameters)
+        inside = {name: f"network.{placed[name]}" for name in ("student_layer", "teacher_layer")}  # of ImageClassifier
+        terms.append(FeatureTerm(method, **placed | inside))
+    return terms
 
 
 def make_rollouts(section: config.Rollouts, generate: Callable[..., list[list[int]]] = generate_ids) -> Rollouts | None:

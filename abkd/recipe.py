@@ -1,5 +1,6 @@
 """A recipe out of a file and the command line: read, overridden, checked, each mistake in one line."""
 
+import copy
 import difflib
 import typing
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from abkd.config import Recipe
+from abkd.config import TASKS, Recipe
 from abkd.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -31,17 +32,26 @@ def read_recipe(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Reci
     `extends: OTHER` (or a list) in a file reads the other recipes first, by name or by a path relative to the file,
     and lays the file's own keys over them; `ONE+OTHER` for a name lays the second over the first. Setting a section's
     `kind` to another one starts that section afresh, in a file as on the command line, wherever it stands there.
+    `tuned: {OTHER: {...}}` in a file holds keys that are laid over it too where OTHER is laid over that file.
 
     Raises:
         InputError: one line per mistake, each with the field, its value and what is allowed.
     """
     names = [name_or_path] if Path(name_or_path).expanduser().is_file() else name_or_path.split("+")
-    content: dict[str, Any] = {}
-    for name in names:
-        _lay_over(content, _read(_find(name, Path()), ()))
+    content = _compose(names, Path(), ())
+    content.pop("tuned", None)
     for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
         _apply_override(content, override)
     return parse_recipe(content)
+
+
+def _compose(names: typing.Iterable[str], folder: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """The content of several files, each over those before it, and after it what they have tuned for it."""
+    content: dict[str, Any] = {}
+    for name in names:
+        _lay_over(content, _read(_find(name, folder), extended_by))
+        _lay_over(content, copy.deepcopy(content.get("tuned", {}).get(name, {})))
+    return content
 
 
 def _find(name: str, folder: Path) -> Path:
@@ -72,9 +82,12 @@ def _read(file: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     others = [others] if isinstance(others, str) else others
     if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
         raise InputError(f"extends: {others!r} in {file} is refused: give a recipe's name or path, or a list of them")
-    content: dict[str, Any] = {}
-    for other in others:
-        _lay_over(content, _read(_find(other, file.parent), (*extended_by, file.resolve())))
+    tuned = own.get("tuned", {})
+    if not isinstance(tuned, dict) or not all(isinstance(keys, dict) for keys in tuned.values()):
+        raise InputError(f"tuned: {tuned!r} in {file} is refused: give sections for the name of another recipe")
+    for name in tuned:
+        _find(name, file.parent)
+    content = _compose(others, file.parent, (*extended_by, file.resolve()))
     _lay_over(content, own)
     return content
 
@@ -92,10 +105,14 @@ def _lay_over(content: dict[str, Any], new: dict[str, Any]) -> None:
 
 def parse_recipe(content: dict[str, Any]) -> Recipe:
     """The recipe that a mapping describes. Raises InputError as `read_recipe`."""
+    task = content.get("task")
+    if not isinstance(task, str) or task not in TASKS:
+        found = "missing" if task is None else f"{task!r} is unknown"
+        raise InputError(f"task: {found}; use one of {', '.join(map(repr, TASKS))}")
     try:
-        return Recipe.model_validate(content)
+        return TASKS[task].model_validate(content)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(content, item) for item in error.errors())) from None
+        raise InputError("\n".join(_explain(content, item, TASKS[task]) for item in error.errors())) from None
 
 
 def _problem(error: Exception) -> str:
@@ -123,9 +140,9 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     section[last] = value if text else ""
 
 
-def _explain(content: dict[str, Any], error: Any) -> str:
+def _explain(content: dict[str, Any], error: Any, recipe: type[Recipe]) -> str:
     """One line: field, value, what is allowed."""
-    path, value, model = _walk(content, error["loc"])
+    path, value, model = _walk(content, error["loc"], recipe)
     field = ".".join(path) or "recipe"
     if error["type"] == "extra_forbidden":
         names = sorted(_keys(model))
@@ -165,10 +182,10 @@ def _keys(model: Any) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()] if model else []
 
 
-def _walk(content: Any, loc: tuple) -> tuple[list[str], Any, type[BaseModel] | None]:
+def _walk(content: Any, loc: tuple, recipe: type[Recipe]) -> tuple[list[str], Any, type[BaseModel] | None]:
     """(the keys as the user wrote them, the value there, the model that holds the last key)."""
     path: list[str] = []
-    value, model, holder = content, Recipe, Recipe
+    value, model, holder = content, recipe, recipe
     for part in loc:
         is_written = isinstance(value, dict) and part in value
         if not is_written and part not in _keys(model):

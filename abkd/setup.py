@@ -39,7 +39,7 @@ class Setup:
     """`[num_blocks, block_tokens]`"""
 
 
-def prepare(recipe: config.Recipe, inputs: Inputs, say: Say, to_train: bool = False) -> Setup:
+def prepare(recipe: config.LanguageRecipe, inputs: Inputs, say: Say, to_train: bool = False) -> Setup:
     """Loads the teacher and tokenises the data; `to_train`: says first what memory a training step needs."""
     tokenizer = tokenizer_of(recipe)
     options = recipe.data.model_dump(include={"prompt_format", "max_prompt_tokens", "max_tokens", "long_prompts"})
@@ -73,7 +73,7 @@ def load_teacher(section: config.InProcess) -> PreTrainedModel:
     return merge_adapter(model, section.adapter, "teacher.adapter") if section.adapter else model
 
 
-def tokenizer_of(recipe: config.Recipe) -> PreTrainedTokenizerBase:
+def tokenizer_of(recipe: config.LanguageRecipe) -> PreTrainedTokenizerBase:
     """The teacher's, or without a teacher the student's own."""
     if recipe.teacher is not None:
         return load_tokenizer(recipe.teacher.path, "teacher.path")
@@ -81,7 +81,7 @@ def tokenizer_of(recipe: config.Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(recipe.student.path, "student.path")
 
 
-def _read_corpus(recipe: config.Recipe, tokenizer: PreTrainedTokenizerBase, say: Say) -> Tensor:
+def _read_corpus(recipe: config.LanguageRecipe, tokenizer: PreTrainedTokenizerBase, say: Say) -> Tensor:
     """As many blocks as the steps need, or all where epochs decide."""
     options, size = recipe.training, recipe.data.corpus_tokens
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -91,7 +91,7 @@ def _read_corpus(recipe: config.Recipe, tokenizer: PreTrainedTokenizerBase, say:
     return blocks
 
 
-def make_student(recipe: config.Recipe, setup: Setup, say: Say) -> PreTrainedModel:
+def make_student(recipe: config.LanguageRecipe, setup: Setup, say: Say) -> PreTrainedModel:
     """The student before training, with the teacher's vocabulary: refused, or the wider of the two cut, if not."""
     set_seed(recipe.training.seed)
     teacher = setup.teacher and setup.teacher.model
@@ -113,7 +113,7 @@ def make_student(recipe: config.Recipe, setup: Setup, say: Say) -> PreTrainedMod
     return with_lora(student, recipe.student.lora)
 
 
-def _check_context(recipe: config.Recipe, setup: Setup, name: str, model: PreTrainedModel) -> None:
+def _check_context(recipe: config.LanguageRecipe, setup: Setup, name: str, model: PreTrainedModel) -> None:
     """Refuses texts that are longer than the model has positions."""
     context: int | None = getattr(model.config, "max_position_embeddings", None)
     if context is None:

@@ -59,7 +59,7 @@ WRONG_VALUES = {
     "data.train=5": "5 is refused: input should be a valid string",
     "teacher.remember=maybe": "'maybe' is refused: input should be a valid boolean, unable to interpret input",
     "run_dir=": "'' is refused: string should have at least 1 character",
-    "task=vision": "'vision' is refused: input should be 'language_model'",
+    "task=vision": "'vision' is unknown; use one of 'language_model', 'image_classification'",
     "evaluation=3": "3 is refused: it is a section and holds keys, as in evaluation.KEY=VALUE",
     "student=small": "'small' is refused: it is a section and holds keys, as in student.KEY=VALUE",
     "objective.divergence=forward_kl": (

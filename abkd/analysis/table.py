@@ -16,7 +16,20 @@ COLUMNS = {
     "rouge_l": ("ROUGE-L", "{:.1f}"),
     "num_parameters": ("parameters", "{:,}"),
 }
+IMAGE_COLUMNS = {
+    "top1": ("top-1", "{:.2%}"),
+    "top1_interval": ("95 % of it", "{0[0]:.1%} to {0[1]:.1%}"),
+    "top5": ("top-5", "{:.2%}"),
+    "agreement": ("agreement", "{:.1%}"),
+    "cross_entropy": ("cross-entropy", "{:.3f}"),
+    "forward_kl": ("forward KL", "{:.3f}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "calibration_error": ("ECE", "{:.3f}"),
+    "num_parameters": ("parameters", "{:,}"),
+}
 MIN_WIDTH = 110
+IMAGE_TITLE = """Test images. Agreement: images where student and teacher prefer the same class. Cross-entropy with the
+labels, divergence from the teacher and entropy: nats per image. ECE: expected calibration error."""
 TITLE = """Validation. Divergences from the teacher and next-token loss on the data: nats per token, lower is better.
 Agreement: tokens where student and teacher prefer the same one."""
 SETS_TITLE = """Evaluation sets: mean over prompts and sampling seeds, (standard deviation over seeds), 95 % bootstrap
@@ -25,19 +38,21 @@ Entropy: of the model's rows on the validation completions, nats per token."""
 
 
 def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Measures of several models under each other; lower is better but for agreement and ROUGE-L.
+    """Measures of several models under each other; lower is better but for accuracies, agreement and ROUGE-L.
 
     Args:
         rows: name -> the measures of `measures.measure`; a measure that none has gets no column. Evaluation sets get a
             table of their own.
     """
-    shown = [key for key in COLUMNS if any(key in row for row in rows.values())]
-    table = Table(title=TITLE, title_justify="left")
-    table.add_column("", overflow="fold")
+    of_images = any("top1" in row for row in rows.values())
+    columns, title = (IMAGE_COLUMNS, IMAGE_TITLE) if of_images else (COLUMNS, TITLE)
+    shown = [key for key in columns if any(key in row for row in rows.values())]
+    table = Table(title=title, title_justify="left")
+    table.add_column("", overflow="fold", min_width=8)
     for key in shown:
-        table.add_column(COLUMNS[key][0], justify="right", no_wrap=True)
+        table.add_column(columns[key][0], justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *(COLUMNS[key][1].format(row[key]) if key in row else "" for key in shown))
+        table.add_row(name, *(columns[key][1].format(row[key]) if key in row else "" for key in shown))
     console = Console(width=max(Console().width, MIN_WIDTH))
     console.print(table)
     if any("sets" in row for row in rows.values()):
@@ -47,7 +62,7 @@ def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
 def _sets_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for row in rows.values() for name in row.get("sets", {})))
     table = Table(title=SETS_TITLE, title_justify="left")
-    table.add_column("", overflow="fold")
+    table.add_column("", overflow="fold", min_width=8)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("mean", justify="right", no_wrap=True)

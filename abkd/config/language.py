@@ -1,240 +1,12 @@
-"""Every option of every recipe. A recipe is a YAML file with these sections; unknown keys are refused.
+"""The recipe of a language model."""
 
-Pydantic and YAML only: a recipe is checked before torch is imported. One frozen model per `kind`. Files and command
-lines are read in `abkd.recipe`.
-"""
+from typing import Annotated, Literal
 
-from typing import Annotated, Any, Literal
+from pydantic import Field, model_validator
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-
-from abkd import ranges
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"{str(value).lower()} is refused: input should be a number")
-    return value
-
-
-Real = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Ramp(Section):
-    """An exponent that moves during training."""
-
-    start: Real = Field(alias="from")
-    """At the first step."""
-    end: Real = Field(alias="to")
-    """At the last step."""
-    shape: Literal["constant", "linear", "cosine"] = "linear"
-    """constant stays at `from`."""
-
-
-Exponent = Annotated[
-    Annotated[Real, Tag("number")] | Annotated[Ramp, Tag("ramp")],
-    Discriminator(lambda value: "ramp" if isinstance(value, (dict, Ramp)) else "number"),
-]
-
-
-class AlphaBeta(Section):
-    kind: Literal["alpha_beta"]
-    alpha: Exponent = 0.2
-    """Hardness-concentration: smaller chases large errors harder. Any finite number; 0 to 1 is the useful range.
-    Or {from, to, shape}: moves over the training."""
-    beta: Exponent = 0.7
-    """Confidence-concentration: larger trusts the student's confidence more. Any finite number; 0 to 1 is useful.
-    Or {from, to, shape}."""
-
-
-class _InRange(Section):
-    """A divergence whose parameters `ranges` checks."""
-
-    @model_validator(mode="after")
-    def _in_range(self):
-        parameters = self.model_dump()
-        ranges.check(parameters.pop("kind"), **parameters)
-        return self
-
-
-class ForwardKL(Section):
-    kind: Literal["forward_kl"]
-
-
-class ReverseKL(Section):
-    kind: Literal["reverse_kl"]
-
-
-class SymmetricKL(Section):
-    kind: Literal["symmetric_kl"]
-
-
-class JSD(_InRange):
-    kind: Literal["jsd"]
-    mix: Real = 0.5
-    """The teacher's share of the mixture, between 0 and 1; the beta of GKD and TRL."""
-
-
-class SkewedForwardKL(_InRange):
-    kind: Literal["skewed_forward_kl"]
-    mix: Real = 0.1
-    """The teacher's share of the mixture, between 0 and 1; DistiLLM's lambda."""
-
-
-class SkewedReverseKL(_InRange):
-    kind: Literal["skewed_reverse_kl"]
-    mix: Real = 0.9
-    """The teacher's share of the mixture, between 0 and 1; 1 - DistiLLM's lambda."""
-
-
-class TotalVariation(Section):
-    kind: Literal["total_variation"]
-
-
-class WSD(_InRange):
-    kind: Literal["wsd"]
-    forward_weight: Real = 0.5
-    reverse_weight: Real = 0.5
-
-
-class AKL(_InRange):
-    kind: Literal["akl"]
-    head_mass: Real = 0.5
-    """The teacher's mass that makes the head, between 0 and 1."""
-
-
-class BDKD(_InRange):
-    kind: Literal["bdkd"]
-    gain: Real = 2.0
-    """On forward KL where the teacher has more entropy, on reverse KL where the student has; above 1."""
-
-
-class AlphaNet(_InRange):
-    kind: Literal["alphanet"]
-    alpha_low: Real = -1.0
-    alpha_high: Real = 1.0
-
-
-class AlphaMixture(_InRange):
-    kind: Literal["alpha_mixture"]
-    alpha: Real = 0.2
-    beta: Real = 0.7
-    mix: Real = 0.1
-    """The teacher's share of the assistant, between 0 and 1; AMiD's lambda."""
-    order: Real = -1.0
-    """AMiD's alpha: -1 is the arithmetic mixture, 1 the geometric one."""
-
-
-Divergence = Annotated[
-    AlphaBeta
-    | ForwardKL
-    | ReverseKL
-    | SymmetricKL
-    | JSD
-    | SkewedForwardKL
-    | SkewedReverseKL
-    | TotalVariation
-    | WSD
-    | AKL
-    | BDKD
-    | AlphaNet
-    | AlphaMixture,
-    Field(discriminator="kind"),
-]
-
-
-class _Tempered(Section):
-    """A calibration with one temperature."""
-
-    temperature: Positive
-    temperature_gradient_scale: Literal["none", "squared"] = "squared"
-
-    @model_validator(mode="after")
-    def _in_bounds(self):
-        ranges.temperatures(self.temperature, None, self.temperature_gradient_scale)
-        return self
-
-
-class DKD(_Tempered):
-    """Target and non-target classes apart. The divergence is that of the non-target ones."""
-
-    kind: Literal["dkd"]
-    divergence: Divergence = ForwardKL(kind="forward_kl")
-    target_weight: NonNegative = 1.0
-    nontarget_weight: NonNegative = 8.0
-    temperature: Positive = 4.0
-
-    @model_validator(mode="after")
-    def _a_weight(self):
-        ranges.weights(target_weight=self.target_weight, nontarget_weight=self.nontarget_weight)
-        return self
-
-
-class LSD(_Tempered):
-    """Standardised logits."""
-
-    kind: Literal["lsd"]
-    divergence: Divergence = ForwardKL(kind="forward_kl")
-    temperature: Positive = 2.0
-
-
-class TTM(Section):
-    """A teacher raised to a power against the student as it is."""
-
-    kind: Literal["ttm"]
-    divergence: Divergence = ForwardKL(kind="forward_kl")
-    exponent: Positive = 0.1
-    """Of the teacher's probabilities, 1/T of its temperature."""
-
-    @model_validator(mode="after")
-    def _in_bounds(self):
-        ranges.exponent(self.exponent)
-        return self
-
-
-class WTTM(TTM):
-    """ttm with each sample weighted by its power sum."""
-
-    kind: Literal["wttm"]  # type: ignore[assignment]
-
-
-class DIST(_Tempered):
-    """Pearson correlations, over a sample's classes and over the batch. Has no divergence."""
-
-    kind: Literal["dist"]
-    inter_weight: NonNegative = 1.0
-    intra_weight: NonNegative = 1.0
-    temperature: Positive = 4.0
-
-    @model_validator(mode="after")
-    def _a_weight(self):
-        ranges.weights(inter_weight=self.inter_weight, intra_weight=self.intra_weight)
-        return self
-
-
-class MLKD(Section):
-    """Several temperatures, and the products between samples and between classes."""
-
-    kind: Literal["mlkd"]
-    divergence: Divergence = ForwardKL(kind="forward_kl")
-    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (2.0, 3.0, 4.0, 5.0, 6.0)
-
-    @model_validator(mode="after")
-    def _in_bounds(self):
-        ranges.several_temperatures(self.temperatures)
-        return self
-
-
-Calibration = Annotated[DKD | LSD | TTM | WTTM | DIST | MLKD, Field(discriminator="kind")]
+from abkd.config.fields import Count, CountOrZero, NonNegative, Positive, Recipe, Section
+from abkd.config.objective import Objective
+from abkd.config.training import Training
 
 
 class InProcess(Section):
@@ -368,55 +140,9 @@ class Data(Section):
         return self
 
 
-class Objective(Section):
-    divergence: Divergence | None = None
-    """Of the teacher's row from the student's. Either this or calibration; neither where kd_weight is 0."""
-    temperature: Positive = 1.0
-    """Divides the logits of both before the divergence."""
-    teacher_temperature: Positive | None = None
-    """Of the teacher's logits, where it is another one; then temperature is the student's alone."""
-    temperature_gradient_scale: Literal["none", "squared"] = "none"
-    """squared multiplies the divergence by temperature squared, as torchdistill, timm and ModelOpt do."""
-    calibration: Calibration | None = None
-    """Another way to compare the logits; it holds its own divergence and temperature."""
-    kd_weight: NonNegative = 1.0
-    """Of the divergence from the teacher."""
-    ce_weight: NonNegative = 0.0
-    """Of the cross-entropy with the data."""
+class LanguageObjective(Objective):
     lm_weight: NonNegative = 0.0
     """Of the student's next-token loss on data.corpus."""
-    kd_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the training over which kd_weight rises linearly from 0; DKD's recipe has 20 of 240 epochs."""
-
-    @model_validator(mode="after")
-    def _one_comparison(self):
-        needs_none = self.kd_weight == 0 and self.divergence is None and self.calibration is None
-        if not needs_none and (self.divergence is None) == (self.calibration is None):
-            found = "neither is set" if self.divergence is None else "both are; drop one with objective.divergence=null"
-            raise ValueError(f"set exactly one of divergence and calibration, {found}")
-        if self.calibration is not None:
-            for name in TEMPERATURES:
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} belongs to objective.divergence; the calibration has its own: "
-                        f"see objective.calibration"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_learn(self):
-        ranges.loss_weights(self.kd_weight, self.ce_weight)
-        ranges.warmup(self.kd_warmup, self.kd_weight, self.ce_weight)
-        return self
-
-    @model_validator(mode="after")
-    def _one_temperature_to_square(self):
-        ranges.temperatures(self.temperature, self.teacher_temperature, self.temperature_gradient_scale)
-        return self
-
-
-TEMPERATURES = ("temperature", "teacher_temperature", "temperature_gradient_scale")
-"""Of the objective's divergence."""
 
 
 class Fixed(Section):
@@ -469,60 +195,25 @@ ValidationMetric = Literal["forward_kl", "reverse_kl", "alpha_beta", "token_agre
 """What a validation measures. Less is better, but of token_agreement."""
 
 
-class Training(Section):
-    num_steps: CountOrZero = 0
-    """Optimiser steps; 0 means that num_epochs decides."""
-    num_epochs: NonNegative = 0.0
-    """Passes over the data; 0 means that num_steps decides."""
-    batch_size: Count = 8
-    """Examples per device and micro-batch."""
-    accumulation: Count = 1
-    """Micro-batches per optimiser step."""
+class LanguageTraining(Training):
     group_by_length: bool = False
     """Batches of examples of like length: less padding, less random."""
     pack: bool = False
     """Student and teacher read the examples of a batch end to end: no padding between them, the same loss. Refused for
     a model in which they would see each other."""
-    learning_rate: Positive
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up; cosine and linear end at 0."""
     warmup_steps: CountOrZero = 0
-    weight_decay: NonNegative = 0.01
     max_grad_norm: Positive = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16 and fp16 compute the student under autocast; its weights and the losses stay fp32. fp16 scales the loss, and
-    needs a GPU."""
-    engine: Literal["ddp", "fsdp2", "zero2"] = "ddp"
-    """Of several processes: ddp gives each the whole student; fsdp2 shards student and teacher over GPUs; zero2 shards
-    gradients and optimiser (DeepSpeed; its bf16 holds the weights in bf16). One process needs none."""
-    activation_checkpointing: bool = False
-    """Less memory, about a third more time."""
     logits: Literal["auto", "fused", "dense"] = "auto"
     """fused makes logits chunk by chunk, with the divergence and its gradient; dense makes all of a batch; auto is
     fused where the objective and the student's output head allow it, and says which."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
-    seed: int = Field(default=0, ge=0)
-    """Order of the data and dropout."""
-    log_every: Count = 1
-    """Steps between lines of metrics.jsonl."""
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where the log goes besides metrics.jsonl; each needs its own package. TensorBoard's files go to the run's folder.
-    """
     validate_every: CountOrZero = 0
     """Steps between validations during training; 0 for none but before and after."""
     save_every: CountOrZero = 0
     """Steps between checkpoints, the two last are kept; 0 for none, or under keep_best one at every validation."""
     keep_best: ValidationMetric | None = None
     """The student of the run is that of the validation where this was best, not the last; its checkpoint is kept."""
-
-    @model_validator(mode="after")
-    def _one_length(self):
-        if bool(self.num_steps) == bool(self.num_epochs):
-            raise ValueError(
-                f"set exactly one of num_steps (is {self.num_steps}) and num_epochs (is {self.num_epochs:g}) above 0"
-            )
-        return self
 
     @model_validator(mode="after")
     def _a_checkpoint_at_every_validation(self):
@@ -534,6 +225,10 @@ class Training(Section):
                 f"not {self.save_every}"
             )
         return self
+
+    @property
+    def selected_on(self) -> str:
+        return self.keep_best or "last"
 
     @property
     def steps_between_checkpoints(self) -> int:
@@ -556,7 +251,7 @@ class EvaluationSet(Section):
 
 class Evaluation(Section):
     batch_size: Count = 8
-    sets: dict[str, EvaluationSet] = {}
+    sets: dict[str, EvaluationSet] = Field(default_factory=dict)
     """By name: answered by teacher and student before and after, in the prompt format of the data."""
     num_seeds: Count = 1
     """Samplings of each set, under the seeds 0, 1, ...; the ABKD paper's protocol has 5."""
@@ -581,21 +276,17 @@ class Evaluation(Section):
         return self
 
 
-class Recipe(Section):
+class LanguageRecipe(Recipe):
     task: Literal["language_model"]
     teacher: InProcess | None = None
     """None for supervised fine-tuning: a pretrained student, objective.kd_weight=0 and objective.ce_weight=1."""
     student: Student
     data: Data
-    objective: Objective
-    training: Training
+    objective: LanguageObjective
+    training: LanguageTraining
     rollouts: Rollouts = Fixed()
     """Whose completions the student trains on."""
     evaluation: Evaluation = Evaluation()
-    run_dir: str = Field(min_length=1)
-    """A new folder; an existing one is never written over."""
-    resume: bool = False
-    """Go on with the run in run_dir from its last whole checkpoint."""
 
     @model_validator(mode="after")
     def _a_teacher_where_one_is_needed(self):
@@ -687,11 +378,3 @@ class Recipe(Section):
                 "set rollouts.engine=transformers"
             )
         return self
-
-    def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe under the keys of a recipe file; `parse_recipe` reads it back to an equal one."""
-        return self.model_dump(by_alias=True)
-
-    def to_yaml(self) -> str:
-        """The resolved recipe, every default written out; `read_recipe` reads it back to an equal one."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -1,41 +1,29 @@
-"""The Hugging Face Trainer with a teacher: another loss, another evaluation, checkpoints that are marked whole."""
+"""Distillation of language models: the loss at the tokens of completions, with rollouts and a corpus."""
 
 import json
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from abkd.data.batches import Collator, LengthGroupedSampler, batches_by_length, num_tokens
 from abkd.data.corpus import Corpus
 from abkd.data.instructions import Example
 from abkd.data.rollouts import SAMPLED_ID, Adaptive, Rollouts, roll_out
-from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence, ForwardKL, ReverseKL
 from abkd.errors import InputError
 from abkd.evaluation.fidelity import fidelity
 from abkd.head import LMHead, check_head, check_packing, completion_hidden, completion_logits
-from abkd.log import StepLog, figures
 from abkd.objective import Objective, completion_mask
-from abkd.ranks import summed
-from abkd.rundir import WHOLE_MARK
 from abkd.targets import DenseTargets, HiddenTargets, Targets
 from abkd.teachers.in_process import InProcessTeacher
-
-VALIDATION_DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": ForwardKL(),
-    "reverse_kl": ReverseKL(),
-    "alpha_beta": AlphaBeta(),
-}
+from abkd.trainer.loop import VALIDATION_DIVERGENCES, AbstractDistillationTrainer
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(AbstractDistillationTrainer):
     """Trains `model`, the student, towards `teacher` under `objective`.
 
     Args:
@@ -60,8 +48,6 @@ class DistillationTrainer(Trainer):
     with a message.
     """
 
-    control: TrainerControl
-
     def __init__(
         self,
         *,
@@ -80,55 +66,38 @@ class DistillationTrainer(Trainer):
         lm_weight: float = 0.0,
         logits: Literal["auto", "fused", "dense"] = "auto",
     ):
-        if args.n_gpu > 1:
-            raise InputError(
-                f"{args.n_gpu} GPUs in one process are not supported; use torchrun, or CUDA_VISIBLE_DEVICES=0"
-            )
-        if teacher is None and objective.kd_weight > 0:
-            raise InputError("teacher is None, and the objective's kd_weight is above 0; give one, or set kd_weight=0")
         if (corpus is None) != (lm_weight == 0):
             raise InputError(f"lm_weight={lm_weight:g} and a corpus go together; give both, or neither")
-        args.remove_unused_columns = False
-        args.logging_nan_inf_filter = False
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator.of(tokenizer),
-            train_dataset=list(train_examples),
-            eval_dataset=list(validation_examples),
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
+            objective=objective,
+            has_teacher=teacher is not None,
+            train_examples=list(train_examples),
+            validation_examples=list(validation_examples),
+            collator=Collator.of(tokenizer),
+            tokenizer=tokenizer,
+            callbacks=callbacks,
         )
         self.teacher = teacher
-        self.objective = objective
         self.group_by_length, self.pack = group_by_length, pack
         if pack:
             check_packing(self.model)
         self.rollouts, self.corpus, self.lm_weight = rollouts, corpus, lm_weight
         self._micro_batch, self._num_micro_batches = 0, args.gradient_accumulation_steps
         self.fused, self.how_logits = _choose_logits(self.model, objective, logits)
-        self.model_accepts_loss_kwargs = True  # the loss is already a mean over the step's tokens
-        self._exponents: dict[str, float] = {}
-        self._log, self._look_at_rows = StepLog(), False
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+    def loss_of(
+        self, model: nn.Module, inputs: dict[str, Tensor], objective: Objective, count: Tensor | int | None
     ) -> Tensor:
         labels, example_ids = inputs["labels"], inputs["example_ids"]
         mask = completion_mask(labels)
         batch: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"mask": mask}
-        if isinstance(self.objective.divergence, AlphaBetaSchedule):
-            self._exponents = self.objective.divergence.at(self._progress()).parameters  # the last used are logged
-        objective = self.objective.at(self._progress())
         if (example_ids == SAMPLED_ID).all():
             objective = replace(objective, ce_weight=0.0)
         counted: dict[str, Any] = {
             "labels": labels[:, 1:][mask],
-            "num_tokens": mask.sum() if num_items_in_batch is None else num_items_in_batch,
+            "num_tokens": mask.sum() if count is None else count,
         }
         teacher = self.teacher if objective.kd_weight > 0 else None
         teach = {**batch, "example_ids": example_ids}
@@ -153,14 +122,7 @@ class DistillationTrainer(Trainer):
         total = loss.total
         if self.corpus is not None and model.training:
             total = total + self._lm_term(model)
-        if not torch.isfinite(total):
-            raise InputError(
-                f"the loss is {total.item()} at step {self.state.global_step + 1}; lower training.learning_rate "
-                "or choose a divergence that is finite where a probability is 0"
-            )
         self._log.add(loss, mask, batch["attention_mask"])
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            return total * self.accelerator.num_processes  # undone by the mean of gradients over ranks
         return total
 
     def _lm_term(self, model: nn.Module) -> Tensor:
@@ -188,7 +150,6 @@ class DistillationTrainer(Trainer):
         """The micro-batches of one step and its count of tokens, of the data or rolled out."""
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batch, self._num_micro_batches = 0, len(batches)
-        self._look_at_rows = (self.state.global_step + 1) % max(self.state.logging_steps or 1, 1) == 0
         if self.rollouts is None or not batches:
             return batches, num_tokens
 
@@ -208,43 +169,24 @@ class DistillationTrainer(Trainer):
             )
         return rolled_out, self._get_num_items_in_batch(rolled_out, device)
 
-    def _progress(self) -> float:
-        """Of the training: 0 at its first step, 1 at its last."""
-        return min(1.0, self.state.global_step / max(self.state.max_steps - 1, 1))
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.group_by_length:
             return super()._get_train_sampler(train_dataset)
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler([num_tokens(example) for example in self.train_dataset], step_size, self.args.seed)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "validation"
-    ) -> dict[str, float]:
-        """`fidelity` to the teacher, if any, on the validation examples, logged under `validation_...`."""
-        examples = self.eval_dataset if eval_dataset is None else eval_dataset
+    def measure(self, examples: Sequence[Example]) -> dict[str, float]:
+        """`fidelity` to the teacher, if any."""
         batches = batches_by_length(examples, self.data_collator, self.args.per_device_eval_batch_size)
         teacher_targets = None if self.teacher is None else self.teacher.targets
         measured = fidelity(self.model, teacher_targets, batches, VALIDATION_DIVERGENCES)
         if self.rollouts is not None:
             self.rollouts.validated(measured["next_token_loss"])
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._log.started = time.monotonic()  # validation comes right after a line; or its time counts for little
-        return metrics
+        return measured
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        return super()._determine_best_metric({f"eval_{name}": value for name, value in metrics.items()}, trial)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            line, self._log = self._log, StepLog()
-            logs |= figures(summed(line.sums), time.monotonic() - line.started, self.args.device)
-            logs |= self._exponents
-            if self.rollouts is not None:
-                logs |= self._rollout_logs(self.rollouts)
-        super().log(logs, start_time)
+    def figures(self, sums: dict[str, float], seconds: float) -> dict[str, float]:
+        line = super().figures(sums, seconds)
+        return line if self.rollouts is None else line | self._rollout_logs(self.rollouts)
 
     def _rollout_logs(self, rollouts: Rollouts) -> dict[str, float]:
         """Of this rank since the last line: how much was sampled, how long it was, how much of it came to an end."""
@@ -256,31 +198,16 @@ class DistillationTrainer(Trainer):
             logs["sampled_ended"] = sum(example.completion_ids[-1] == end_id for example in drawn) / len(drawn)
         return logs | ({"threshold": rollouts.threshold} if isinstance(rollouts, Adaptive) else {})
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The Trainer calls it on every rank before the first step, with the checkpoint it goes on from."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.rollouts is not None:
-            self.rollouts.restore(json.loads(self._rollouts_file(Path(checkpoint)).read_text(encoding="utf-8")))
+    def save_extra(self, folder: Path) -> None:
+        if self.rollouts is not None:
+            self._rollouts_file(folder).write_text(json.dumps(self.rollouts.state()), encoding="utf-8")
+
+    def load_extra(self, folder: Path) -> None:
+        if self.rollouts is not None:
+            self.rollouts.restore(json.loads(self._rollouts_file(folder).read_text(encoding="utf-8")))
 
     def _rollouts_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"rollouts_{self.args.process_index}.json"
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint is marked when it is whole; one that cannot be written is removed, the earlier ones stay."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-            if self.rollouts is not None:
-                self._rollouts_file(folder).write_text(json.dumps(self.rollouts.state()), encoding="utf-8")
-        except (OSError, RuntimeError, SafetensorError) as error:  # all three mean a disk that does not take it
-            shutil.rmtree(folder, ignore_errors=True)
-            raise InputError(
-                f"run_dir: the checkpoint of step {self.state.global_step} cannot be written ({_first_line(error)}); "
-                "free some disk, then go on from the last one with resume=true"
-            ) from error
-        self.accelerator.wait_for_everyone()  # each rank has written its part
-        if self.args.should_save:
-            (folder / WHOLE_MARK).touch()
 
 
 def _choose_logits(model: nn.Module, objective: Objective, logits: str) -> tuple[bool, str]:
@@ -298,7 +225,3 @@ def _choose_logits(model: nn.Module, objective: Objective, logits: str) -> tuple
         if logits == "fused":
             raise InputError(f"training.logits: {error}") from None
         return False, f"logits: dense, because {error}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

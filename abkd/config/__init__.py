@@ -1,0 +1,49 @@
+"""Every option of every recipe. A recipe is a YAML file with these sections; unknown keys are refused.
+
+Pydantic and YAML only: a recipe is checked before torch is imported. One frozen model per `kind`. Files and command
+lines are read in `abkd.recipe`. `language` and `images` hold the recipe of each task, `objective` and `training` what
+they share.
+"""
+
+from abkd.config.fields import Recipe
+from abkd.config.images import ImageObjective, ImageRecipe
+from abkd.config.language import (
+    Data,
+    Evaluation,
+    Fixed,
+    InProcess,
+    LanguageRecipe,
+    LoRA,
+    Pretrained,
+    Rollouts,
+    Shrink,
+    Student,
+)
+from abkd.config.objective import TEMPERATURES, Calibration, Divergence, Objective, Ramp
+from abkd.config.training import Training
+
+TASKS: dict[str, type[Recipe]] = {"language_model": LanguageRecipe, "image_classification": ImageRecipe}
+"""Name of a task -> its recipe."""
+
+__all__ = [
+    "TASKS",
+    "TEMPERATURES",
+    "Calibration",
+    "Data",
+    "Divergence",
+    "Evaluation",
+    "Fixed",
+    "ImageObjective",
+    "ImageRecipe",
+    "InProcess",
+    "LanguageRecipe",
+    "LoRA",
+    "Objective",
+    "Pretrained",
+    "Ramp",
+    "Recipe",
+    "Rollouts",
+    "Shrink",
+    "Student",
+    "Training",
+]

@@ -1,0 +1,189 @@
+"""Image classifiers: what `abkd.run` asks of a task."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from abkd import config
+from abkd.card import image_card as model_card
+from abkd.config.images import ImageModel
+from abkd.data.images import Augmentation, Images, ImageStore
+from abkd.evaluation.classification import ClassificationMeter
+from abkd.image_inputs import ImageInputs, classifier_arguments
+from abkd.models.classifiers import load_classifier, save_classifier
+from abkd.models.image_classifier import ImageClassifier
+from abkd.objective import IGNORED_LABEL
+from abkd.parts import make_objective, make_terms
+from abkd.ranks import num_ranks
+from abkd.rundir import RunDir
+from abkd.setup import Say
+from abkd.tasks.arguments import training_arguments
+from abkd.teachers.classifier import ClassifierTeacher
+from abkd.trainer import VALIDATION_DIVERGENCES, ImageDistillationTrainer
+from abkd.trainer.images import all_logits, classify
+from abkd.trainer.rates import RateFactor
+
+__all__ = [
+    "is_adapted", "load_trained", "make_student", "make_trainer", "measure", "measure_before", "model_card", "place",
+    "prepare", "save_student", "teacher_model", "trained",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageSetup:
+    """What runs of one teacher on one data set share."""
+
+    teacher: ClassifierTeacher | None
+    train: Images
+    validation: Images | None
+    """Training images set aside, if any."""
+    test: Images
+    _teacher_test_logits: list[Tensor] = field(default_factory=list)
+
+    def teacher_test_logits(self, batch_size: int) -> Tensor | None:
+        """`[N, classes]`, made once."""
+        if self.teacher is not None and not self._teacher_test_logits:
+            self._teacher_test_logits.append(all_logits(self.teacher.model, self.test, batch_size))
+        return self._teacher_test_logits[0] if self._teacher_test_logits else None
+
+
+def prepare(recipe: config.ImageRecipe, inputs: ImageInputs, say: Say, to_train: bool = False) -> ImageSetup:
+    """Loads the teacher, and puts the images where batches are made of them."""
+    say(inputs.summary)
+    train = ImageStore(inputs.train)
+    train.labels[~torch.from_numpy(inputs.is_labelled)] = IGNORED_LABEL
+    validation = None if inputs.validation is None else ImageStore(inputs.validation)
+    teacher = None
+    if recipe.teacher is not None:
+        say(f"loading the teacher {recipe.teacher.path or getattr(recipe.teacher, 'name', '')}")
+        model = make_model(recipe.teacher, "teacher", train.classes, seed=recipe.training.seed)
+        teacher = ClassifierTeacher(model, remember=recipe.teacher.remember)
+    return ImageSetup(teacher, train, validation, ImageStore(inputs.test))
+
+
+def make_model(section: ImageModel, field: str, classes: tuple[str, ...], *, seed: int) -> ImageClassifier:
+    """The model that the section describes, for these classes."""
+    return load_classifier(**classifier_arguments(section, field), num_classes=len(classes), classes=classes, seed=seed)
+
+
+def make_student(recipe: config.ImageRecipe, setup: ImageSetup, say: Say) -> ImageClassifier:
+    return make_model(recipe.student, "student", setup.train.classes, seed=recipe.training.seed)
+
+
+def teacher_model(setup: ImageSetup) -> nn.Module:
+    assert setup.teacher is not None
+    return setup.teacher.model
+
+
+def make_trainer(
+    recipe: config.ImageRecipe, setup: ImageSetup, student: nn.Module, run_dir: RunDir, callbacks: Sequence[Any] = ()
+) -> ImageDistillationTrainer:
+    options = recipe.training
+    steps = steps_per_epoch(len(setup.train), options)
+    selected = setup.validation if options.select_on == "validation" else setup.test
+    assert selected is not None
+    section = recipe.data.augmentation
+    terms = [
+        term.attach(
+            student,
+            teacher_model(setup),
+            lambda model: model(setup.train.batch(torch.arange(min(2, len(setup.train))))),
+            num_examples=len(setup.train),
+            labels=setup.train.labels,
+        )
+        for term in make_terms(recipe.objective, options.seed)
+    ]
+    return ImageDistillationTrainer(
+        model=student,
+        args=training_arguments(
+            options,
+            run_dir,
+            max_grad_norm=options.max_grad_norm,
+            eval_batch_size=recipe.evaluation.batch_size,
+            validate_every=options.validate_every_epochs * steps,
+            save_every=(options.save_every_epochs or options.validate_every_epochs * options.chooses_best) * steps,
+            best="top1" if options.chooses_best else None,
+        ),
+        teacher=setup.teacher,
+        objective=make_objective(recipe.objective),
+        train_images=setup.train,
+        validation_images=setup.validation or selected,
+        augmentation=Augmentation(**section.model_dump()),
+        terms=terms,
+        make_optimizer=optimizer_of(options),
+        rate_factor=RateFactor(
+            options.schedule,
+            num_epochs=options.num_epochs or options.num_steps / steps,
+            milestones=options.milestones,
+            decay=options.decay,
+            warmup_epochs=options.warmup_epochs,
+        ),
+        callbacks=callbacks,
+    )
+
+
+def optimizer_of(options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
+    """Makes the optimiser of a recipe's training; weight decay is on every parameter."""
+
+    def make(parameters: list[nn.Parameter]) -> Optimizer:
+        how = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+        if options.optimizer == "sgd":
+            return SGD(parameters, momentum=options.momentum, **how)
+        return AdamW(parameters, **how)
+
+    return make
+
+
+def steps_per_epoch(num_images: int, options: Any) -> int:
+    """Optimiser steps in a pass over the training images, of all ranks together."""
+    return -(-num_images // (options.batch_size * options.accumulation * num_ranks()))
+
+
+def place(recipe: config.ImageRecipe, setup: ImageSetup, student: nn.Module, device: torch.device) -> None:
+    """The trainer has moved the models and the images it trains with."""
+    setup.test.to(device)
+
+
+def measure_before(
+    recipe: config.ImageRecipe, setup: ImageSetup, student: nn.Module, keep: Path | None = None
+) -> dict[str, Any]:
+    teacher = {"teacher": measure(recipe, setup, setup.teacher.model)} if setup.teacher is not None else {}
+    return teacher | {"before": measure(recipe, setup, student)}
+
+
+def measure(
+    recipe: config.ImageRecipe, setup: ImageSetup, model: nn.Module, keep: Path | None = None
+) -> dict[str, Any]:
+    """`ClassificationMeter.result` on the test images, and `num_parameters`."""
+    size = recipe.evaluation.batch_size
+    divergences = VALIDATION_DIVERGENCES if setup.teacher else None
+    meter = ClassificationMeter(divergences, temperature=recipe.evaluation.temperature)
+    classify(model, setup.test, meter, batch_size=size, teacher_logits=setup.teacher_test_logits(size))
+    measured = meter.result(setup.test.classes)
+    return measured | {"num_parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def is_adapted(student: nn.Module) -> bool:
+    return False
+
+
+def trained(recipe: config.ImageRecipe, student: nn.Module) -> nn.Module:
+    return student
+
+
+def load_trained(student: ImageClassifier, folder: Path) -> ImageClassifier:
+    """The weights of a checkpoint, or of a student's folder, in `student`."""
+    state = load_file(folder / "model.safetensors")
+    whole = all(key.startswith("network.") for key in state)  # a checkpoint holds the classifier, a folder its network
+    (student if whole else student.network).load_state_dict(state)
+    return student
+
+
+def save_student(student: ImageClassifier, trainer: ImageDistillationTrainer, folder: Path) -> Callable[[], None]:
+    return lambda: save_classifier(student, folder)
