@@ -3,16 +3,21 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import make_gpt2, make_llama
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from abkd import cli
 from abkd.errors import InputError
+from abkd.models.cifar import CIFAR_MODELS
 from abkd.recipe import RECIPES, read_recipe, recipe_names
 
-NAMES = [name for name in recipe_names() if "/" not in name and name != "demo"]
+WHOLE = [name for name in recipe_names() if "/" not in name and name != "demo"]
+IMAGES = [name for name in WHOLE if read_recipe(name).task == "image_classification"]
+NAMES = [name for name in WHOLE if name not in IMAGES]
 PIECES = {
     folder: [name for name in recipe_names() if name.startswith(f"{folder}/")] for folder in ("losses", "strategies")
 }
@@ -37,9 +42,9 @@ def test_every_composition_of_the_tables_loads():
 def test_a_recipe_is_short_and_its_header_names_a_table(name):
     lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 50 and max(map(len, lines)) <= 130
-    if name not in ("demo", "settings/dolly"):
+    if name != "demo" and not name.startswith("settings/"):
         assert lines[0].startswith("# Table") and " | " in lines[0]
-    if name in NAMES:
+    if name in WHOLE:
         assert any("Hardware:" in line for line in lines if line.startswith("#"))
 
 
@@ -98,6 +103,70 @@ def test_a_recipe_takes_two_steps(name, small, tmp_path, capsys):
     assert results["num_steps"] == 2
 
 
+METHODS = [name for name in recipe_names() if name.startswith("methods/")]
+PAIRS = [name for name in IMAGES if read_recipe(name).teacher]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_method_over_a_pair_has_the_values_of_table_4(pair):
+    """What stands under `tuned` reaches the recipe, and the pair alone is the pair under ABKD."""
+    for method in METHODS:
+        objective = read_recipe(f"{pair}+{method}").objective
+        inside = objective.divergence or objective.calibration.divergence
+        name = method.removeprefix("methods/")
+        kinds = {"kd": "forward_kl", "rkl": "reverse_kl"}
+        assert inside.kind == (kinds.get(name) or ("alpha_beta" if name.startswith("ab") else "forward_kl"))
+        if name.startswith("ab"):
+            assert inside.model_dump(exclude={"kind"}) == TABLE_4[pair][name]
+        kinds = {"dkd": "dkd", "lsd": "lsd", "ttm": "ttm"}
+        assert (objective.calibration and objective.calibration.kind) == kinds.get(name.removeprefix("ab"))
+    assert read_recipe(pair).objective == read_recipe(f"{pair}+methods/abkd").objective
+
+
+def table_4(*rows):
+    names = ("abkd", "abdkd", "ablsd", "abttm")
+    return {
+        pair: {name: {"alpha": alpha, "beta": beta} for name, (alpha, beta) in zip(names, points, strict=True)}
+        for pair, points in rows
+    }
+
+
+TABLE_4 = table_4(
+    ("wrn_40_2_wrn_16_2", [(0.6, 0.5), (0.8, 0.4), (0.9, 0.1), (0.8, 0.3)]),
+    ("wrn_40_2_wrn_40_1", [(0.9, 0.2), (1.0, 0.2), (0.8, 0.4), (1.0, 0.1)]),
+    ("resnet56_resnet20", [(0.8, 0.3), (1.0, 0.2), (0.9, 0.3), (0.7, 0.5)]),
+    ("resnet110_resnet20", [(0.8, 0.3), (0.8, 0.3), (1.2, -0.1), (0.9, 0.2)]),
+    ("resnet110_resnet32", [(0.7, 0.4), (0.9, 0.3), (0.9, 0.2), (0.8, 0.3)]),
+    ("resnet32x4_resnet8x4", [(0.5, 0.5), (0.8, 0.3), (1.2, -0.2), (0.8, 0.3)]),
+    ("vgg13_vgg8", [(0.9, 0.2), (0.7, 0.4), (1.0, 0.2), (0.7, 0.5)]),
+    ("resnet110_resnet44", [(0.8, 0.3), (0.8, 0.3), (1.0, 0.2), (0.8, 0.2)]),
+    ("resnet50_vgg8", [(0.8, 0.3)] * 4),  # the paper gives none
+)
+
+
+@pytest.fixture(scope="module")
+def small_images(tmp_path_factory):
+    """Eight black and white images, and new weights of every teacher for their two classes."""
+    folder = tmp_path_factory.mktemp("small_images")
+    images = np.repeat(np.array([0, 255], dtype=np.uint8), 16 * 16 * 3).reshape(2, 16, 16, 3)
+    for split in ("train", "test"):
+        np.savez(folder / f"{split}.npz", images=np.tile(images, (4, 1, 1, 1)), labels=np.arange(8) % 2)
+    for name in {read_recipe(pair).teacher.name for pair in PAIRS}:
+        torch.save(CIFAR_MODELS[name](2).state_dict(), folder / f"{name}.pth")
+    return folder
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *(f"resnet56_resnet20+{method}" for method in METHODS)])
+def test_a_recipe_for_images_takes_two_steps(name, small_images, tmp_path, capsys):
+    recipe = read_recipe(name)
+    options = [f"data.train={small_images}/train.npz", f"data.test={small_images}/test.npz"]
+    options += [f"teacher.path={small_images}/{recipe.teacher.name}.pth"] if recipe.teacher else []
+    options += ["training.num_steps=2", "training.num_epochs=0", "training.batch_size=4", f"run_dir={tmp_path / 'run'}"]
+    assert cli.main(["train", name, *options]) == cli.DONE, capsys.readouterr().err
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["num_steps"] == 2
+
+
 def write(folder, name, text):
     file = folder / f"{name}.yaml"
     file.write_text(text, encoding="utf-8")
@@ -150,3 +219,18 @@ def test_the_list_groups_the_pieces(capsys):
     assert "\ngpt2_base  " in out and "\nlosses/ (a piece" in out and "Table 8 | mixed" in out
     assert cli.main(["recipes", "losses/jsd"]) == cli.DONE
     assert "kind: jsd" in capsys.readouterr().out
+
+
+def test_what_is_tuned_for_a_piece_lies_over_it(tmp_path):
+    write(tmp_path, "piece", "objective: {divergence: {kind: jsd, mix: 0.3}, kd_weight: 2}")
+    mine = write(tmp_path, "mine", "extends: demo\ntuned: {piece.yaml: {objective: {divergence: {mix: 0.4}}}}")
+    assert read_recipe(str(mine)).objective.divergence.kind == "alpha_beta"
+    both = write(tmp_path, "both", "extends: [mine.yaml, piece.yaml]")
+    objective = read_recipe(str(both)).objective
+    assert (objective.divergence.mix, objective.kd_weight) == (0.4, 2)
+    wrong = write(tmp_path, "wrong", "extends: demo\ntuned: {peice.yaml: {objective: {kd_weight: 1}}}")
+    with pytest.raises(InputError, match=r"there is no shipped recipe or file .peice\.yaml."):
+        read_recipe(str(wrong))
+    wrong = write(tmp_path, "wrong", "extends: demo\ntuned: [a]")
+    with pytest.raises(InputError, match=r"tuned: .* is refused: give sections"):
+        read_recipe(str(wrong))

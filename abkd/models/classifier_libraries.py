@@ -74,7 +74,7 @@ def timm_network(values: Mapping[str, Any], pretrained: bool, new_head: bool, se
         InputError: timm has no such network or cannot load it; its weights are for other classes and `new_head` is
             False.
     """
-    import timm  # type: ignore[import-not-found]
+    import timm
 
     name, own = values["name"], {}
     try:
