@@ -164,7 +164,11 @@ def measure(
     size = recipe.evaluation.batch_size
     divergences = VALIDATION_DIVERGENCES if setup.teacher else None
     meter = ClassificationMeter(divergences, temperature=recipe.evaluation.temperature)
-    classify(model, setup.test, meter, batch_size=size, teacher_logits=setup.teacher_test_logits(size))
+    teacher_logits = setup.teacher_test_logits(size)
+    if teacher_logits is not None and model is teacher_model(setup):
+        meter.add(teacher_logits, setup.test.labels.cpu(), teacher_logits)
+    else:
+        classify(model, setup.test, meter, batch_size=size, teacher_logits=teacher_logits)
     measured = meter.result(setup.test.classes)
     return measured | {"num_parameters": sum(parameter.numel() for parameter in model.parameters())}
 
