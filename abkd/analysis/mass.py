@@ -10,6 +10,10 @@ from abkd.ranks import gather
 
 RANK_EDGES = (1, 2, 3, 6, 11, 101, 1001)
 """Buckets of the teacher's ranks: 1, 2, 3-5, 6-10, 11-100, 101-1000, and every rank from 1001."""
+RANK_LABELS = (
+    *(str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in itertools.pairwise(RANK_EDGES)),
+    f"{RANK_EDGES[-1]}+",
+)
 
 
 class RankMass(NamedTuple):
@@ -28,23 +32,32 @@ class RankMassMeter:
         self._num_tokens = 0
 
     def __call__(self, student: Tensor, teacher: Tensor) -> None:
-        edges = [edge for edge in RANK_EDGES if edge <= teacher.shape[-1]]
-        top, order = teacher.topk(edges[-1] - 1, dim=-1)  # ranks 1 .. last edge - 1, [N, K]
-        for name, ranked in (("_teacher", top), ("_student", student.gather(-1, order))):
-            sums = ranked.exp().double().sum(dim=0)
-            buckets = [sums[low - 1 : high - 1].sum() for low, high in itertools.pairwise(edges)]
-            buckets.append(len(top) - sums.sum())
-            buckets += [torch.zeros(())] * (len(RANK_EDGES) - len(edges))
-            setattr(self, name, getattr(self, name) + torch.stack([bucket.double().cpu() for bucket in buckets]))
-        self._num_tokens += len(top)
+        order = rank_order(teacher)
+        for name, rows in (("_teacher", teacher), ("_student", student)):
+            sums = rank_sums(rows.gather(-1, order).exp(), total=len(order))
+            setattr(self, name, getattr(self, name) + sums.cpu())
+        self._num_tokens += len(order)
 
     def result(self) -> RankMass:
         """Over the tokens of all ranks, which all ask for it."""
         student, teacher = (sum(parts) for parts in zip(*gather((self._student, self._teacher)), strict=True))
         num_tokens = max(sum(gather(self._num_tokens)), 1)
-        labels = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in itertools.pairwise(RANK_EDGES)]
-        return RankMass(
-            (*labels, f"{RANK_EDGES[-1]}+"),
-            tuple((student / num_tokens).tolist()),
-            tuple((teacher / num_tokens).tolist()),
-        )
+        return RankMass(RANK_LABELS, tuple((student / num_tokens).tolist()), tuple((teacher / num_tokens).tolist()))
+
+
+def rank_order(teacher: Tensor) -> Tensor:
+    """The classes of the ranks below the last edge, the teacher's likeliest first: `[N, K]` of `[N, vocab]`."""
+    return teacher.topk(min(RANK_EDGES[-1] - 1, teacher.shape[-1]), dim=-1).indices
+
+
+def rank_sums(ranked: Tensor, total: Tensor | float) -> Tensor:
+    """One sum a bucket, over all rows, in fp64.
+
+    Args:
+        ranked: `[N, K]`, values of the classes of `rank_order`.
+        total: the sum of the values of all classes of all rows.
+    """
+    sums = ranked.double().sum(dim=0)
+    buckets = [sums[low - 1 : high - 1].sum() for low, high in itertools.pairwise(RANK_EDGES)]
+    beyond = total - sums.sum() if len(sums) == RANK_EDGES[-1] - 1 else torch.zeros_like(sums.sum())
+    return torch.stack([*buckets, beyond])
