@@ -25,7 +25,7 @@ def softmax(logits):
 def by_hand(student, teacher, labels, step_size, top_k):
     """A forward KL's step, row by row and class by class: logits + step_size * (p - q)."""
     num_rows, vocab = student.shape
-    names = "moved over_to_under into_target into_top into_tail misplaced misplaced_after".split()
+    names = ["moved", "over_to_under", "into_target", "into_top", "into_tail", "misplaced", "misplaced_after"]
     found = dict.fromkeys(names, 0.0)
     kinds = {"rank": len(RANK_EDGES), "error": len(ERROR_LABELS)}
     sums = {kind: {key: [0.0] * count for key in ("q", "p", "moved", "g")} for kind, count in kinds.items()}
