@@ -86,15 +86,24 @@ def test_the_books_balance(divergence):
     assert under == pytest.approx(step.over_to_under, abs=1e-12)
 
 
-def test_chunks_change_nothing(monkeypatch):
+@pytest.mark.parametrize("divergence", [AlphaBeta(), DIST()], ids=str)
+def test_chunks_change_nothing(divergence, monkeypatch):
     student, teacher, labels = rows(7, 50), rows(7, 50), torch.arange(7)
-    given = dict(student=student, teacher=teacher, labels=labels)
-    whole = [mass_step(divergence, **given) for divergence in (AlphaBeta(), DIST())]
+    meter = MassMeter(divergence)
+    meter(student, teacher, labels)
+    whole = meter.result()
     monkeypatch.setattr("abkd.analysis.movement._CHUNK_ELEMENTS", 100)  # two rows
-    for divergence, expected in zip((AlphaBeta(), DIST()), whole, strict=True):
-        found = mass_step(divergence, **given)
-        assert found.moved == pytest.approx(expected.moved, rel=1e-12)
-        assert found.by_error.gradient_share == pytest.approx(expected.by_error.gradient_share, rel=1e-12)
+    found = mass_step(divergence, student=student, teacher=teacher, labels=labels)
+    assert found.moved == pytest.approx(whole.moved, rel=1e-12)
+    assert found.by_error.gradient_share == pytest.approx(whole.by_error.gradient_share, rel=1e-12)
+
+
+def test_an_edge_belongs_to_the_bucket_above_it():
+    student = torch.full((1, 4), -2.0)  # so that the differences are exact
+    meter = MassMeter()
+    meter.add(before=student, after=student, teacher=student + torch.tensor([0.0, 1.0, -1.0, 0.5]))
+    mass = math.exp(-2)
+    assert meter.result().by_error.student == pytest.approx((0, 0, mass, 0, mass, mass, mass, 0))
 
 
 def test_a_step_that_was_made_counts_like_one_that_is_computed():
