@@ -57,6 +57,16 @@ def test_a_step_goes_from_over_to_under_estimated_classes():
         assert sum(moved[:4]) < -0.8, name
 
 
+def test_what_the_page_says_of_the_mass():
+    by_rank, _, _, by_error = FIGURES["mass"].numbers()
+    forward, reverse, alpha_beta = "forward KL (1, 0)", "reverse KL (0, 1)", "α-β (0.2, 0.7)"
+    assert all(gained[0] > 0.8 for gained in by_rank.bars.values())
+    for name in (reverse, alpha_beta):
+        assert sum(by_rank.bars[name][4:]) < sum(by_rank.bars[forward][4:]) - 0.2
+        assert by_error.bars[name][0] > by_error.bars[forward][0] + 0.1
+        assert by_error.bars[name][6] < by_error.bars[forward][6] - 0.1
+
+
 def results(alpha, beta, value):
     mass = {"labels": ["1", "2+"], "student": [0.5, 0.5], "teacher": [0.6, 0.4]}
     after = {"token_agreement": value, "entropy": 2 - beta, "rank_mass": mass}
