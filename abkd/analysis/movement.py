@@ -229,9 +229,8 @@ def _flows(before: Tensor, after: Tensor, teacher: Tensor, labels: Tensor | None
 
 
 def _error_buckets(before: Tensor, teacher: Tensor) -> Tensor:
-    """The index of each class's bucket, `[N, vocab]`; a class at -inf in both rows has no error."""
-    neither = before.isneginf() & teacher.isneginf()
-    error = (teacher.double() - before.double()).masked_fill(neither, 0.0)
+    """The index of each class's bucket, `[N, vocab]`; a class at -inf in both rows has nothing to add to its bucket."""
+    error = teacher.double() - before.double()
     return torch.bucketize(error, torch.tensor(ERROR_EDGES, dtype=error.dtype, device=error.device), right=True)
 
 
