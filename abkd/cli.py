@@ -118,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     add_overrides(generate)
     recipes = add("recipes", _recipes, "list the shipped recipes, or print one")
     recipes.add_argument("name", nargs="?", help="print this recipe")
+    figures = add("figures", _figures, "draw the paper's figures from our own numbers, and those of runs and searches")
+    figures.add_argument("runs", metavar="RUN", nargs="*", help="folders of runs, for curves, surfaces, sensitivities")
+    figures.add_argument("--trials", metavar="tune.json", help="of a search, for the surface over (alpha, beta)")
+    figures.add_argument("--output", metavar="FOLDER", default="figures", help="gets NAME.png; default: figures")
     demo = add("demo", _demo, "distil a real small language model under three divergences and compare them")
     demo.add_argument("--quick", action="store_true", help="a few steps only, to see that everything works")
     add_overrides(demo)
@@ -284,6 +288,16 @@ def _recipes(options: argparse.Namespace) -> int:
             folder = here
             print(f"\n{folder}/ (a piece, to be laid over a recipe: gpt2_base+{name})")
         print(f"{name:28} {summary}")
+    return DONE
+
+
+def _figures(options: argparse.Namespace) -> int:
+    _one_process("figures")
+    runs, trials = [Path(run) for run in options.runs], options.trials and Path(options.trials)
+    from abkd.run_figures import make_figures
+
+    for file in make_figures(Path(options.output), runs, trials):
+        _say(str(file))
     return DONE
 
 

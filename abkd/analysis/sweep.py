@@ -22,15 +22,17 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "forward_kl": Measure("forward KL", "nats per token", "lower"),
-    "reverse_kl": Measure("reverse KL", "nats per token", "lower"),
-    "alpha_beta": Measure("α-β (0.2, 0.7)", "nats per token", "lower"),
-    "next_token_loss": Measure("next-token loss", "nats per token", "lower"),
+    "forward_kl": Measure("forward KL", "nats", "lower"),
+    "reverse_kl": Measure("reverse KL", "nats", "lower"),
+    "alpha_beta": Measure("α-β (0.2, 0.7)", "nats", "lower"),
+    "next_token_loss": Measure("next-token loss", "nats", "lower"),
+    "cross_entropy": Measure("cross-entropy", "nats", "lower"),
     "token_agreement": Measure("token agreement", "share of tokens", "higher"),
+    "agreement": Measure("agreement", "share of images", "higher"),
     "rouge_l": Measure("ROUGE-L", "0 to 100", "higher"),
     "sets_mean": Measure("mean over evaluation sets", "0 to 100", "higher"),
-    "accuracy": Measure("accuracy", "0 to 1", "higher"),
-    "entropy": Measure("entropy of the student", "nats per token"),
+    "top1": Measure("top-1 accuracy", "share of images", "higher"),
+    "entropy": Measure("entropy of the student", "nats"),
     "self_bleu": Measure("Self-BLEU", "0 to 100"),
 }
 """Keys of results.json and of the log -> how they are named; of a study's rows too."""

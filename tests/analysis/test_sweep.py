@@ -56,7 +56,7 @@ def test_curves_begin_with_the_student_before():
     finished, going = panel.curves
     assert (finished.label, finished.x, finished.y) == ("mine", (0, 10, 20, 30), (3.0, 2.0, 1.5, 1.2))
     assert (going.x, going.y) == ((10,), (2.5,))
-    assert panel.y_label == "nats per token"
+    assert panel.y_label == "nats"
     assert validation_curves(runs, "rouge_l") is None
     assert validation_curves([], "forward_kl") is None
 
