@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from abkd.targets import Targets
 ROWS = 32
 """Tokens whose rows are looked at for one line."""
 COUNTED = ("kd", "ce", "num_tokens", "num_read", "lm", "lm_tokens", "features")
+_MOVES = ("moved", "over_to_under", "into_target", "into_top", "into_tail", "misplaced")
+OF_MASS = tuple(f"mass_{name}" for name in _MOVES)
+MASS_ELEMENTS = 2**18
+"""As many of these rows as hold so many numbers are stepped, under 1 % of a step's time."""
 OF_ROWS = ("student_entropy", "teacher_entropy", "token_accuracy", "token_agreement")
 
 
@@ -22,7 +27,8 @@ class StepLog:
     """Sums since the last line; sums of several ranks add up. docs/metrics.md says what each key means."""
 
     def __init__(self):
-        self.sums = dict.fromkeys((*COUNTED, *OF_ROWS, "num_rows", "num_teacher_rows"), 0.0)
+        counts = ("num_rows", "num_teacher_rows", "num_mass_rows", "num_target_rows")
+        self.sums = dict.fromkeys((*COUNTED, *OF_ROWS, *OF_MASS, *counts), 0.0)
         self.started = time.monotonic()
 
     def add(self, loss: Loss, mask: Tensor, attention_mask: Tensor) -> None:
@@ -41,8 +47,19 @@ class StepLog:
         self.sums["features"] += weighted_sum.item()
 
     @torch.no_grad()
-    def add_rows(self, student: Targets, teacher: Targets | None, labels: Tensor, place: int) -> None:
-        """Entropies, accuracy and agreement of `ROWS` consecutive tokens, other ones for another `place`."""
+    def add_rows(
+        self,
+        student: Targets,
+        teacher: Targets | None,
+        labels: Tensor,
+        place: int,
+        step: Callable[..., dict[str, float]] | None = None,
+    ) -> None:
+        """Entropies, accuracy and agreement of `ROWS` consecutive tokens, other ones for another `place`.
+
+        Args:
+            step: `analysis.movement.mass_scalars` of the objective: where a step on these rows would move the mass.
+        """
         first = place * ROWS % max(len(labels) - ROWS + 1, 1)
         labels = labels[first : first + ROWS]
         if not len(labels):
@@ -54,6 +71,13 @@ class StepLog:
             p = teacher.logits(first, first + len(labels)).to(q.device).log_softmax(-1)
             found |= {"num_teacher_rows": len(labels), "teacher_entropy": entropy(p).sum().item()}
             found["token_agreement"] = (p.argmax(-1) == q.argmax(-1)).sum().item()
+            if step is not None:
+                chosen = slice(max(1, MASS_ELEMENTS // q.shape[-1]))
+                given = labels[chosen] if (labels[chosen] >= 0).all() else None  # an image may have no label
+                moves = step(student=q[chosen], teacher=p[chosen], labels=given)
+                count = len(labels[chosen])
+                found |= {name: value * count for name, value in moves.items()} | {"num_mass_rows": count}
+                found["num_target_rows"] = 0 if given is None else count
         for name, value in found.items():
             self.sums[name] += value
 
@@ -69,6 +93,9 @@ def figures(sums: dict[str, float], seconds: float, device: torch.device) -> dic
     counts = {"teacher_entropy": "num_teacher_rows", "token_agreement": "num_teacher_rows"}
     for name in OF_ROWS:
         if count := sums[counts.get(name, "num_rows")]:
+            line[name] = sums[name] / count
+    for name in OF_MASS:
+        if count := sums["num_target_rows" if name == "mass_into_target" else "num_mass_rows"]:
             line[name] = sums[name] / count
     line["masked_share"] = 1 - sums["num_tokens"] / max(sums["num_read"], 1)
     line["tokens_per_s"] = sums["num_tokens"] / max(seconds, 1e-9)

@@ -82,6 +82,8 @@ def test_a_student_is_distilled_and_measured(teacher, data, tmp_path, capsys):
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert all(line["num_images"] == 20 and line["images_per_s"] > 0 for line in steps)
     assert not any("token" in key for line in steps for key in line)
+    assert all(0 < line["mass_misplaced"] < 1 and 0 < line["mass_moved"] for line in steps)
+    assert all(line["mass_into_target"] < line["mass_moved"] for line in steps)
     for line in steps:
         assert line["loss"] == pytest.approx(line["kd"] + line["ce"], rel=1e-4)
     assert [line["step"] for line in log if "validation_top1" in line] == [3, 6, 9, 12]
@@ -181,6 +183,7 @@ def test_images_without_labels_count_for_the_divergence_alone(teacher, data, tmp
     few = [line for line in RunDir(tmp_path / "run").read_metrics() if "loss" in line]
     assert 0 < sum(line["ce"] for line in few) < 0.2 * len(few)  # 3 of 60 images, at about ln 3 each
     assert all(line["kd"] > 0 for line in few)
+    assert not any("mass_into_target" in line for line in few) and all("mass_moved" in line for line in few)
 
 
 def test_check_says_what_would_be_trained(teacher, data, tmp_path, capsys):

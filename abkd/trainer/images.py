@@ -119,7 +119,9 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
         if self._look_at_rows:
             self._look_at_rows = False
             targets = None if teacher_logits is None else DenseTargets(teacher_logits)
-            self._log.add_rows(DenseTargets(logits.detach()), targets, labels, self.state.global_step)
+            self._log.add_rows(
+                DenseTargets(logits.detach()), targets, labels, self.state.global_step, self.step_of(objective)
+            )
         return total
 
     def save_extra(self, folder: Path) -> None:

@@ -118,7 +118,7 @@ class DistillationTrainer(AbstractDistillationTrainer):
             loss = objective(student_logits=logits, teacher_logits=teacher_logits, **counted)
         if self._look_at_rows:
             self._look_at_rows = False
-            self._log.add_rows(rows, targets, counted["labels"], self.state.global_step)
+            self._log.add_rows(rows, targets, counted["labels"], self.state.global_step, self.step_of(objective))
         total = loss.total
         if self.corpus is not None and model.training:
             total = total + self._lm_term(model)

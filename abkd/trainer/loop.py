@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
+from abkd.analysis.movement import mass_scalars
+from abkd.calibrations import DivergenceCalibration
 from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence, ForwardKL, ReverseKL
 from abkd.errors import InputError
 from abkd.log import StepLog, figures
@@ -109,6 +112,12 @@ class AbstractDistillationTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             return total * self.accelerator.num_processes  # undone by the mean of gradients over ranks
         return total
+
+    @staticmethod
+    def step_of(objective: Objective) -> Callable[..., dict[str, float]] | None:
+        """`mass_scalars` under the objective's calibration, for the log; None where it looks at a whole batch."""
+        calibration = objective.calibration
+        return partial(mass_scalars, calibration) if isinstance(calibration, DivergenceCalibration) else None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one step and its count of tokens or images."""
