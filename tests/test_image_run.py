@@ -82,8 +82,8 @@ def test_a_student_is_distilled_and_measured(teacher, data, tmp_path, capsys):
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert all(line["num_images"] == 20 and line["images_per_s"] > 0 for line in steps)
     assert not any("token" in key for line in steps for key in line)
-    assert all(0 < line["mass_misplaced"] < 1 and 0 < line["mass_moved"] for line in steps)
-    assert all(line["mass_into_target"] < line["mass_moved"] for line in steps)
+    assert all(0 < line["mass_misplaced"] < 1 and line["mass_moved"] > 0 for line in steps)
+    assert all(line["mass_into_target"] < line["mass_moved"] + 1e-9 for line in steps)
     for line in steps:
         assert line["loss"] == pytest.approx(line["kd"] + line["ce"], rel=1e-4)
     assert [line["step"] for line in log if "validation_top1" in line] == [3, 6, 9, 12]
