@@ -21,6 +21,8 @@ ALPHAS = (1.0, 0.5, 0.2, 0.0)
 BETAS = (0.0, 0.3, 0.7, 1.0)
 SMALL_STEP = 1e-4
 """LogR and the mass moved are proportional to small steps, and their ratio is free of the step size."""
+RUNS_IN_A_PANEL = 6
+"""Of bars, side by side in a bucket."""
 
 
 class Figure(NamedTuple):
@@ -80,11 +82,15 @@ def _curves(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[Panel, ...]:
 
 
 def _masses(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[Panel, ...]:
-    found = [run for run in runs if run.results and "rank_mass" in run.results["after"]]
-    starts = [run.results["before"]["rank_mass"] for run in found if run.results]
-    masses = {"before": starts[0]} if starts and all(start == starts[0] for start in starts) else {}
-    masses |= {run.name: run.results["after"]["rank_mass"] for run in found if run.results}
-    return (rank_mass_bars({name: RankMass(**mass) for name, mass in masses.items()}),) if found else ()
+    """Panels of `RUNS_IN_A_PANEL` runs each; the student before is in all of them where all runs began with it."""
+    found = {run.name: run.results for run in runs if run.results and "rank_mass" in run.results["after"]}
+    starts = [results["before"]["rank_mass"] for results in found.values()]
+    before = {"before": starts[0]} if starts and all(start == starts[0] for start in starts) else {}
+    after = [(name, results["after"]["rank_mass"]) for name, results in found.items()]
+    return tuple(
+        rank_mass_bars({name: RankMass(**mass) for name, mass in (before | dict(some)).items()})
+        for some in (after[start : start + RUNS_IN_A_PANEL] for start in range(0, len(after), RUNS_IN_A_PANEL))
+    )
 
 
 def _surfaces(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[Panel, ...]:

@@ -46,6 +46,10 @@ NAMED = {
 }
 """Points of the plane with a name -> the divergence, and where its name stands, in points from it."""
 PANEL_INCHES = (4.1, 3.5)
+WIDE_PANEL_INCHES = (7.8, 3.5)
+"""Of panels whose legend stands beside them."""
+BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "borderaxespad": 0.0}
+"""Place of a legend."""
 
 
 def draw(panels: Sequence[Panel], file: Path, layout: str = "") -> Path:
@@ -54,13 +58,14 @@ def draw(panels: Sequence[Panel], file: Path, layout: str = "") -> Path:
     Args:
         panels: at least one.
         layout: a mosaic of letters, rows apart by semicolons, as in "aab;aac": the first panel at a, and so on. By
-            default rows of four.
+            default rows of four, or of two where a legend has much to say.
     """
     letters = "abcdefghijklmnopqrstuvwxyz"[: len(panels)]
-    columns = min(len(letters), 4)
+    wide = any(_is_wordy(panel) for panel in panels)
+    columns = min(len(letters), 2 if wide else 4)
     in_order = [letters[start : start + columns].ljust(columns, ".") for start in range(0, len(letters), columns)]
     rows = layout.split(";") if layout else in_order
-    width, height = PANEL_INCHES
+    width, height = WIDE_PANEL_INCHES if wide else PANEL_INCHES
     with plt.rc_context({"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 8.5}):
         size = (width * len(rows[0]), height * len(rows))
         figure, axes = plt.subplot_mosaic([list(row) for row in rows], figsize=size, layout="constrained")
@@ -105,7 +110,7 @@ def _draw_curves(axis: plt.Axes, panel: Curves, styles: Mapping[str, Style]) -> 
     if panel.y_range is not None:
         axis.set_ylim(*panel.y_range)
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(**(BESIDE if _is_wordy(panel) else {}))
 
 
 def _draw_bars(axis: plt.Axes, panel: Bars, styles: Mapping[str, Style]) -> None:
@@ -117,10 +122,13 @@ def _draw_bars(axis: plt.Axes, panel: Bars, styles: Mapping[str, Style]) -> None
         axis.bar(positions, values, width, label=name, **look)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xticks(range(len(panel.labels)), panel.labels, rotation=30, ha="right", rotation_mode="anchor")
-    low, high = axis.get_ylim()
-    axis.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
     axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
-    axis.legend(loc="upper center", ncols=2)
+    if _is_wordy(panel):
+        axis.legend(**BESIDE)
+    else:
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+        axis.legend(loc="upper center", ncols=2)
 
 
 def _draw_surface(axis: plt.Axes, panel: Surface, styles: Mapping[str, Style]) -> None:
@@ -194,6 +202,12 @@ def _styles(panels: Sequence[Panel]) -> dict[str, Style]:
                 free = [style for style in (*named, *OTHER_STYLES) if style not in taken]
                 styles[label] = (free or OTHER_STYLES)[0 if free else index % len(OTHER_STYLES)]
     return styles
+
+
+def _is_wordy(panel: Panel) -> bool:
+    """Whether its legend would cover what it explains."""
+    labels = _labels(panel) if isinstance(panel, (Curves, Bars)) else []
+    return len(labels) > 6 or any(len(label) > 24 for label in labels)
 
 
 def _labels(panel: Panel) -> list[str]:

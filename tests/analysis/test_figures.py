@@ -113,6 +113,13 @@ def test_before_is_shown_where_all_runs_began_alike():
     assert list(masses.bars) == ["teacher", "forward KL", "reverse KL"]
 
 
+def test_bars_of_many_runs_are_shared_out():
+    first, *_ = runs()
+    panels = numbers("masses", [first._replace(name=str(index)) for index in range(13)], [])
+    assert [len(panel.bars) for panel in panels] == [2 + 6, 2 + 6, 2 + 1]
+    assert [*panels[2].bars] == ["teacher", "before", "12"]
+
+
 def test_nothing_to_show_is_no_panel():
     assert all(figure.numbers([], []) == () for figure in RUN_FIGURES.values())
     off_the_plane = Run("jsd", None, None, [{"step": 1, "loss": 1.0}])

@@ -41,8 +41,9 @@ def test_every_kind_of_panel_is_drawn(tmp_path):
 
 
 def test_a_layout_gives_each_panel_its_place(tmp_path):
-    for layout, shape in (("", 2.3), ("a;b", 0.6)):
-        draw((curves("a"), curves("b")), tmp_path / "two.png", layout)
+    wordy = curves(*map(str, range(7)))
+    for panel, layout, shape in ((curves("a"), "", 2.3), (curves("a"), "a;b", 0.6), (wordy, "", 4.4)):
+        draw((panel, curves("b")), tmp_path / "two.png", layout)
         height, width, _ = image.imread(tmp_path / "two.png").shape
         assert abs(width / height - shape) < 0.1
 

@@ -263,6 +263,8 @@ def test_premises_are_looked_at():
     rows = two_of_three([0.6, 0.2], [0.3, 0.3])
     assert theorem_3_2(1, rows, Constants(delta_1=0.25)).premises.all()
     assert not theorem_3_2(1, rows, Constants(delta_1=0.31)).premises.any()
+    assert not theorem_3_2(1, rows, Constants(delta_1=0.15)).premises.any()
+    assert not theorem_3_2(1, two_of_three([0.25, 0.1], [0.3, 0.3]), Constants(delta_1=0.2)).premises.any()
     assert not theorem_3_2(1, rows, Constants(delta_1=0.25, zeta=0.5)).premises.any()
     assert not any(theorem_3_2(case, rows).premises.any() for case in (2, 3, 4))
     assert theorem_d_1(1, rows).premises.all() and not theorem_d_1(2, rows).premises.any()
