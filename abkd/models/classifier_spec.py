@@ -80,9 +80,9 @@ def check_classes(wanted: int, there: int, origin: str, section: str, *, new_hea
         )
 
 
-def did_you_mean(name: Any, known: Iterable[str], otherwise: str) -> str:
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     """The way out of an unknown name: the known ones nearest to it, `otherwise` where none is near."""
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, n=3)
+    near = difflib.get_close_matches(name, known, n=3)
     return f"did you mean {', '.join(near)}?" if near else otherwise
 
 

@@ -62,7 +62,9 @@ def find_classifier(
     if name is None:
         raise InputError(f"{section}.name is missing; give the network's name, as in resnet20")
     if kind == "cifar" and name not in CIFAR_MODELS:
-        way_out = did_you_mean(name, CIFAR_MODELS, otherwise=f"there are {', '.join(CIFAR_MODELS)}")
+        way_out = did_you_mean(
+            str(name).lower().replace("-", "_"), CIFAR_MODELS, otherwise=f"there are {', '.join(CIFAR_MODELS)}"
+        )
         raise InputError(f"{section}.name={name}: there is no such network; {way_out}")
     if kind == "timm" and importlib.util.find_spec("timm") is None:
         raise InputError(f"{section}.kind=timm: the package timm is not installed; run: pip install timm")

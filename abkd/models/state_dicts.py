@@ -43,7 +43,7 @@ def read_state(file: Path, field: str) -> dict[str, Tensor]:
 def _unwrapped(content: Any, file: Path, field: str) -> dict[str, Tensor]:
     inner = content
     while isinstance(inner, Mapping):
-        if inner and all(isinstance(value, Tensor) for value in inner.values()):
+        if inner and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in inner.items()):
             return _unprefixed(dict(inner))
         inner = next((inner[key] for key in NESTINGS if key in inner), None)
     found = ", ".join(str(key) for key in list(content)[:5]) if isinstance(content, Mapping) else type(content).__name__
@@ -92,23 +92,21 @@ def load_weights(
 def _fits_but_for_the_classes(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
     """Does the state dict fit, whatever number of classes it has?"""
     head = _head(network)
-    return head[0] in state and not _differences(_shapes(network) | _head_shapes(network, state), state)
+    if not head or head[0] not in state:
+        return False
+    num_classes = state[head[0]].shape[:1]
+    shapes = _shapes(network)
+    return not _differences(shapes | {key: num_classes + shapes[key][1:] for key in head}, state)
 
 
 def _head(network: nn.Module) -> list[str]:
-    """Keys of the last linear layer's weight, `[num_classes, channels]`, and bias."""
-    *_, head = (name for name, module in network.named_modules() if isinstance(module, nn.Linear))
-    return [key for key in (f"{head}.weight", f"{head}.bias") if key in network.state_dict()]
+    """Keys of the last linear layer's weight, `[num_classes, channels]`, and bias; none without such a layer."""
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return [key for name in linear[-1:] for key in (f"{name}.weight", f"{name}.bias") if key in network.state_dict()]
 
 
 def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in network.state_dict().items()}
-
-
-def _head_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """The shapes of the network's head, had it the state dict's number of classes."""
-    num_classes = state[_head(network)[0]].shape[:1]
-    return {key: num_classes + _shapes(network)[key][1:] for key in _head(network)}
 
 
 def _differences(wanted: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> str:

@@ -73,6 +73,7 @@ def test_a_safetensors_file_is_read(tmp_path):
         ({}, "nothing"),
         ([1, 2], "list"),
         (torch.zeros(3), "Tensor"),
+        ({0: torch.zeros(3)}, "0"),
         ({"state_dict": {}}, "state_dict"),
         ({"state_dict": {"weight": 3}}, "state_dict"),
     ],
@@ -134,6 +135,10 @@ def test_half_precision_weights_become_the_networks(tmp_path):
         (make(layers=1), "2 missing (first 3.weight), 2 of another shape (first 2.weight [3, 4] for [4, 4])"),
         (make(layers=3), "2 unexpected (first 4.weight), 2 of another shape (first 3.weight [4, 4] for [3, 4])"),
         (make(width=6), "9 of another shape (first 0.weight [6, 5] for [4, 5])"),
+        (
+            nn.Sequential(nn.Conv2d(2, 2, 1)),
+            "8 missing (first 1.weight), 2 of another shape (first 0.weight [2, 2, 1, 1] for [4, 5])",
+        ),
         (nn.Linear(2, 2), "10 missing (first 0.weight), 2 unexpected (first weight)"),
     ],
 )
@@ -144,6 +149,12 @@ def test_weights_of_another_network_are_refused(tmp_path, other, misfit):
         f"teacher.path: {file} does not fit net: {misfit}; give the name of the network that it is of"
     )
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_a_network_without_a_linear_layer_has_no_head_to_exchange(tmp_path):
+    network, file = nn.Sequential(nn.Conv2d(2, 3, 1)), saved(tmp_path, nn.Sequential(nn.Conv2d(2, 4, 1)))
+    line = refusal(load_weights, network, file, "net", "teacher", new_head=True)
+    assert "2 of another shape (first 0.weight [4, 2, 1, 1] for [3, 2, 1, 1])" in line
 
 
 @pytest.mark.parametrize("num_classes", [3, 7])
