@@ -75,8 +75,8 @@ def check_classes(wanted: int, there: int, origin: str, section: str, *, new_hea
     """Refuses weights of another number of classes, unless a new head is asked for."""
     if wanted != there and not new_head:
         raise InputError(
-            f"{section}.num_classes={wanted}: {origin} has {there} classes; set {section}.num_classes={there}, or "
-            f"{section}.new_head=true to train a head for {wanted}"
+            f"{section}.path: {origin} has {there} classes and {wanted} are wanted; give weights for those, or set "
+            f"{section}.new_head=true to train a head for them"
         )
 
 

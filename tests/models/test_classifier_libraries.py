@@ -115,8 +115,8 @@ def test_a_folder_without_a_normalisation_needs_one(tmp_path):
 def test_other_classes_are_refused_or_get_a_new_head(folder):
     asked = {"kind": "pretrained", "path": str(folder), "num_classes": 5}
     assert refusal(**asked) == (
-        f"teacher.num_classes=5: {str(folder)!r} has 3 classes; set teacher.num_classes=3, or teacher.new_head=true to "
-        "train a head for 5"
+        f"teacher.path: {str(folder)!r} has 3 classes and 5 are wanted; give weights for those, or set "
+        "teacher.new_head=true to train a head for them"
     )
     first, again, other = (load_classifier(**asked, new_head=True, seed=seed) for seed in (0, 0, 1))
     assert first(torch.rand(2, 3, 8, 8)).shape == (2, 5) and first.spec.classes is None
@@ -233,8 +233,8 @@ def test_a_new_network_of_timm_is_told_everything(timm):
 
 def test_other_classes_than_timms_are_refused_or_get_a_new_head(timm):
     assert refusal(kind="timm", name="tiny", pretrained=True, num_classes=4) == (
-        "teacher.num_classes=4: timm's tiny has 10 classes; set teacher.num_classes=10, or teacher.new_head=true to "
-        "train a head for 4"
+        "teacher.path: timm's tiny has 10 classes and 4 are wanted; give weights for those, or set "
+        "teacher.new_head=true to train a head for them"
     )
     classifier = load_classifier(kind="timm", name="tiny", pretrained=True, num_classes=4, new_head=True)
     assert classifier.num_classes == classifier.network.fc.out_features == 4
@@ -253,7 +253,7 @@ def test_a_file_for_timm_is_loaded_or_refused(timm, tmp_path):
     torch.save({"state_dict": TimmNetwork().state_dict()}, file)
     given = {"kind": "timm", "name": "tiny", "path": str(file), "mean": MEAN, "std": STD}
     assert load_classifier(**given, num_classes=10).num_classes == 10
-    assert refusal(**given, num_classes=4).startswith(f"teacher.num_classes=4: {file} has 10 classes; ")
+    assert refusal(**given, num_classes=4).startswith(f"teacher.path: {file} has 10 classes and 4 are wanted; ")
     torch.save(nn.Linear(2, 2).state_dict(), file)
     assert refusal(**given, num_classes=10) == (
         f"teacher.path: {file} does not fit tiny: 4 missing (first stem.weight), 2 unexpected (first weight); give the "

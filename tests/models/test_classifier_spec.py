@@ -71,8 +71,8 @@ def test_other_classes_need_a_new_head():
     check_classes(5, 5, "x.pth", "teacher", new_head=False)
     check_classes(5, 9, "x.pth", "teacher", new_head=True)
     assert refusal(check_classes, 5, 9, "x.pth", "teacher", new_head=False) == (
-        "teacher.num_classes=5: x.pth has 9 classes; set teacher.num_classes=9, or teacher.new_head=true to train a "
-        "head for 5"
+        "teacher.path: x.pth has 9 classes and 5 are wanted; give weights for those, or set "
+        "teacher.new_head=true to train a head for them"
     )
 
 

@@ -92,8 +92,8 @@ def test_weights_of_another_network_of_the_table_name_it(tmp_path, name):
 def test_other_classes_are_refused_or_get_a_new_head(file):
     line = refusal(**NEW | {"num_classes": 5}, path=str(file), section="teacher")
     assert line == (
-        f"teacher.num_classes=5: {file} has 3 classes; set teacher.num_classes=3, or teacher.new_head=true to train a "
-        "head for 5"
+        f"teacher.path: {file} has 3 classes and 5 are wanted; give weights for those, or set "
+        "teacher.new_head=true to train a head for them"
     )
     heads = [load_classifier(**NEW | {"num_classes": 5}, path=str(file), new_head=True, seed=s) for s in (0, 0, 1)]
     assert heads[0](torch.rand(1, 3, 32, 32)).shape == (1, 5)

@@ -169,8 +169,8 @@ def test_the_network_that_they_are_of_is_named(tmp_path, num_classes):
 def test_other_classes_are_refused_or_get_a_new_head(tmp_path, there):
     file, network = saved(tmp_path, trained := make(there)), make(3)
     assert refusal(load_weights, network, file, "net", "teacher") == (
-        f"teacher.num_classes=3: {file} has {there} classes; set teacher.num_classes={there}, or "
-        "teacher.new_head=true to train a head for 3"
+        f"teacher.path: {file} has {there} classes and 3 are wanted; give weights for those, or set "
+        "teacher.new_head=true to train a head for them"
     )
     head = network[3].weight.clone()
     load_weights(network, file, "net", "teacher", new_head=True)
