@@ -118,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     add_overrides(generate)
     recipes = add("recipes", _recipes, "list the shipped recipes, or print one")
     recipes.add_argument("name", nargs="?", help="print this recipe")
+    advise = add(
+        "advise", _advise, "look at teacher and student without training, and propose (alpha, beta) to start from"
+    )
+    advise.add_argument("recipe", help=_RECIPE_HELP)
+    advise.add_argument("--examples", type=_count, default=200, help="training examples looked at")
+    advise.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_overrides(advise)
     figures = add("figures", _figures, "draw the paper's figures from our own numbers, and those of runs and searches")
     figures.add_argument("runs", metavar="RUN", nargs="*", help="folders of runs, for curves, surfaces, sensitivities")
     figures.add_argument("--trials", metavar="tune.json", help="of a search, for the surface over (alpha, beta)")
@@ -288,6 +295,28 @@ def _recipes(options: argparse.Namespace) -> int:
             folder = here
             print(f"\n{folder}/ (a piece, to be laid over a recipe: gpt2_base+{name})")
         print(f"{name:28} {summary}")
+    return DONE
+
+
+def _advise(options: argparse.Namespace) -> int:
+    _one_process("advise")
+    recipe = read_recipe(options.recipe, options.overrides).model_copy(update={"run_dir": "-", "resume": False})
+    from abkd.inputs import check_inputs
+
+    inputs = check_inputs(recipe)
+    say = _say_aside if options.json else _say
+    say("loading torch and transformers")
+    _quieten_libraries()
+    from abkd.advise import look
+    from abkd.analysis.table import advice_lines
+
+    overview, advice = look(recipe, inputs, say, options.examples)
+    if options.json:
+        steps = {f"{alpha:g} {beta:g}": step._asdict() for (alpha, beta), step in overview.steps.items()}
+        print(json.dumps({"overview": overview._asdict() | {"steps": steps}, "advice": advice._asdict()}, indent=2))
+    else:
+        for line in advice_lines(overview, advice):
+            _say(line)
     return DONE
 
 

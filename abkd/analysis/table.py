@@ -81,3 +81,24 @@ def _set_cell(measured: Mapping[str, Any]) -> str:
     spread = "" if measured["sd"] is None else f" ({measured['sd']:.2f})"
     low, high = measured["interval"]
     return f"{measured['mean']:.1f}{spread}\n{low:.1f} to {high:.1f}"
+
+
+def advice_lines(overview: Any, advice: Any) -> list[str]:
+    """An `Overview` and its `Advice` in lines for a terminal."""
+    lines = [
+        f"{overview.num_rows:,} rows of {overview.num_classes:,} classes",
+        f"entropy: teacher {overview.teacher_entropy:.2f}, student {overview.student_entropy:.2f} nats",
+        f"the teacher's mass outside its first class: {overview.outside_top:.2f}",
+        f"overlap of teacher and student, sum min(p, q): {overview.overlap:.2f}; "
+        f"same first class: {overview.agreement:.0%}",
+        "of the mass that one step would move: to under-estimated classes, to the teacher's first ten, out of its tail",
+    ]
+    for (alpha, beta), step in overview.steps.items():
+        parts = (step.over_to_under, step.into_top, -step.into_tail)
+        shares = "  ".join(f"{part / step.moved:6.1%}" if step.moved else "     -" for part in parts)
+        lines.append(f"  ({alpha:g}, {beta:g})  {shares}")
+    tried = " and ".join(f"({alpha:g}, {beta:g})" for alpha, beta in advice.neighbours)
+    lines.append(f"start with alpha={advice.alpha:g} beta={advice.beta:g}, then try {tried}")
+    lines += [f"  because of {reason}" for reason in advice.reasons]
+    lines.append("this is a rule of thumb, not a measurement: abkd tune measures")
+    return lines
