@@ -4,7 +4,6 @@ p is the teacher, q the student. The rule is the two settings that the paper set
 logarithm of the number of classes: (0.8, 0.3) for CIFAR-100's 100 classes, (0.2, 0.7) for GPT-2's 50,257 tokens.
 """
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ FEW, MANY = (100, (0.8, 0.3)), (50_257, (0.2, 0.7))
 """Number of classes -> the paper's (alpha, beta): Table 4's resnet56 -> resnet20, Table 7."""
 FAR_APART = 0.3
 """An overlap of teacher and student below this makes alpha smaller by 0.1."""
-GRID: tuple[tuple[float, float], ...] = (*itertools.product((0.2, 0.5, 0.8), repeat=2), (1.0, 0.0), (0.0, 1.0))
+GRID = (*((alpha, beta) for alpha in (0.2, 0.5, 0.8) for beta in (0.2, 0.5, 0.8)), (1.0, 0.0), (0.0, 1.0))
 ROWS_TO_STEP = 8
 """Of each call, for the steps of `GRID`."""
 
