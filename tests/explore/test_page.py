@@ -18,8 +18,9 @@ from abkd.explore.server import PAGE
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 DRAWN = """new Promise((done, failed) => {
-  const end = setTimeout(() => failed(new Error(document.documentElement.dataset.drawn)), 30000);
-  const look = () => document.documentElement.dataset.drawn === STATE ? (clearTimeout(end), done(true)) : setTimeout(look, 5);
+  const drawn = () => document.documentElement.dataset.drawn;
+  const end = setTimeout(() => failed(new Error(drawn())), 30000);
+  const look = () => drawn() === STATE ? (clearTimeout(end), done(true)) : setTimeout(look, 5);
   look();
 })"""
 
@@ -67,7 +68,8 @@ class Browser:
 
     def _next(self):
         while b"\0" not in self._rest:
-            assert (read := os.read(self._read, 2**16)), "the browser is gone"
+            read = os.read(self._read, 2**16)
+            assert read, "the browser is gone"
             self._rest += read
         first, _, self._rest = self._rest.partition(b"\0")
         return json.loads(first)
@@ -95,6 +97,10 @@ class Browser:
 
     def mouse(self, kind, x, y):
         self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+    def centre_of(self, selector):
+        box = f"document.querySelector('{selector}').getBoundingClientRect()"
+        return self.value(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
 
     def close(self):
         os.close(self._write), os.close(self._read)
@@ -152,11 +158,11 @@ def test_it_shows_what_the_server_computed(browser, url):
     assert browser.value("document.querySelector('#value').textContent") == "D = 2.17 nats at (0.2, 0.7)"
     landings = browser.value("[...document.querySelectorAll('#landings tr')].map(r => r.innerText)")
     assert [line.split("\t")[0] for line in landings] == [
-        "the teacher",
-        "the student now",
+        "teacher",
+        "student now",
         "lands at (0.2, 0.7)",
-        "would land under forward KL",
-        "would land under reverse KL",
+        "under forward KL",
+        "under reverse KL",
     ]
     browser.open(url + "?row=5&alpha=1&beta=0", row=5, alpha=1, beta=0)
     assert browser.value("document.querySelector('#value').textContent") == "D = ∞ at (1, 0)"
@@ -192,10 +198,7 @@ def test_every_control_moves_the_point_and_the_picture(browser, url):
     browser.press("ArrowRight")
     browser.press("ArrowDown", shift=True)
     changed(0.05, 0.99)
-    box = browser.value(
-        "(b => [b.x, b.y, b.width, b.height])(document.getElementById('handle').getBoundingClientRect())"
-    )
-    x, y = box[0] + box[2] / 2, box[1] + box[3] / 2
+    x, y = browser.centre_of("#handle")
     unit = browser.value("document.querySelector('#plane .range').getBoundingClientRect().width")
     browser.mouse("mousePressed", x, y)
     browser.mouse("mouseMoved", x + 0.25 * unit, y + 0.19 * unit)
@@ -204,6 +207,34 @@ def test_every_control_moves_the_point_and_the_picture(browser, url):
     browser.mouse("mousePressed", x + 0.94 * unit, y + 0.98 * unit)  # near a named point it takes that
     browser.mouse("mouseReleased", x + 0.94 * unit, y + 0.98 * unit)
     changed(1, 0)
+    assert browser.complaints == []
+
+
+@needs_browser
+def test_a_finger_drags_the_point_or_taps_beside_it(browser, url):
+    browser.open(url + "?row=1", row=1, width=390)
+    browser("Emulation.setTouchEmulationEnabled", enabled=True)
+    browser.value("document.getElementById('plane').scrollIntoView()")
+    x, y = browser.centre_of("#handle")
+    unit = browser.value("document.querySelector('#plane .range').getBoundingClientRect().width")
+    scrolled = browser.value("scrollY")
+    browser("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    for step in range(1, 9):
+        point = {"x": x + 0.05 * step * unit, "y": y + 0.04 * step * unit}
+        browser("Input.dispatchTouchEvent", type="touchMove", touchPoints=[point])
+    browser("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    browser.wait_for(1, 0.6, 0.38)
+    assert browser.value("scrollY") == scrolled
+    browser("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    browser("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    browser.wait_for(1, 0.2, 0.7)
+    browser("Emulation.setTouchEmulationEnabled", enabled=False)
+
+
+@needs_browser
+def test_a_page_that_is_too_narrow_to_read_does_not_break(browser, url):
+    browser.complaints.clear()
+    browser.open(url + "?row=1", row=1, width=60)
     assert browser.complaints == []
 
 
