@@ -125,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     advise.add_argument("--examples", type=_count, default=200, help="training examples looked at")
     advise.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_overrides(advise)
+    explore = add("explore", _explore, "a page for learning the plane: drag (alpha, beta) and see what it does")
+    explore.add_argument("recipe", nargs="?", help=f"rows of its teacher and student too; {_RECIPE_HELP}")
+    explore.add_argument("--port", type=int, default=0, help="on this machine alone; 0 takes a free one")
+    add_overrides(explore)
     figures = add("figures", _figures, "draw the paper's figures from our own numbers, and those of runs and searches")
     figures.add_argument("runs", metavar="RUN", nargs="*", help="folders of runs, for curves, surfaces, sensitivities")
     figures.add_argument("--trials", metavar="tune.json", help="of a search, for the surface over (alpha, beta)")
@@ -317,6 +321,25 @@ def _advise(options: argparse.Namespace) -> int:
     else:
         for line in advice_lines(overview, advice):
             _say(line)
+    return DONE
+
+
+def _explore(options: argparse.Namespace) -> int:
+    _one_process("explore")
+    rows = []
+    if options.recipe:
+        recipe = read_recipe(options.recipe, options.overrides).model_copy(update={"run_dir": "-", "resume": False})
+        from abkd.inputs import check_inputs
+
+        inputs = check_inputs(recipe)
+        _say("loading torch and transformers")
+        _quieten_libraries()
+        from abkd.own_rows import rows_of_recipe
+
+        rows = rows_of_recipe(recipe, inputs, _say)
+    from abkd.explore import serve
+
+    serve(rows, options.port, _say)
     return DONE
 
 

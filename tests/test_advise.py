@@ -38,6 +38,20 @@ def test_texts(recipe_file, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_rows_of_a_recipe_are_those_of_its_models(image_recipe, recipe_file):
+    from abkd.inputs import check_inputs
+    from abkd.own_rows import rows_of_recipe
+    from abkd.recipe import read_recipe
+
+    for name, options in ((image_recipe[0], [*image_recipe[1:], *DISTIL]), (str(recipe_file), [])):
+        recipe = read_recipe(name, options).model_copy(update={"run_dir": "-"})
+        rows = rows_of_recipe(recipe, check_inputs(recipe), lambda line: None, num_rows=4)
+        assert len(rows) == 4 and len({row.name for row in rows}) == 4
+        for row in rows:
+            assert row.teacher.exp().sum() == pytest.approx(1) and row.student.exp().sum() == pytest.approx(1)
+    assert rows[0].name.startswith("1: …") and rows[0].labels[-1] == "rest"
+
+
 def test_a_recipe_without_a_teacher_is_refused(capsys, image_recipe):
     assert cli.main(["advise", *image_recipe[:-1]]) == cli.USERS_MISTAKE
     assert "teacher: there is none to compare with" in capsys.readouterr().err
