@@ -12,7 +12,7 @@ from abkd.divergences import AlphaBeta, AlphaBetaSchedule, Divergence
 from abkd.errors import InputError
 from abkd.head import LMHead
 from abkd.kernels import linear_cross_entropy, linear_loss
-from abkd.targets import Targets
+from abkd.targets import Targets, TopKTargets
 
 IGNORED_LABEL = -100
 
@@ -70,13 +70,18 @@ class Objective:
         )
 
     def __call__(
-        self, *, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, num_tokens: Tensor | int
+        self,
+        *,
+        student_logits: Tensor,
+        teacher_logits: Tensor | TopKTargets | None,
+        labels: Tensor,
+        num_tokens: Tensor | int,
     ) -> Loss:
         """The loss of one micro-batch, so scaled that micro-batches and ranks add up to the whole step's mean.
 
         Args:
             student_logits: `[N, vocab]` at the N counted tokens of this micro-batch; computed in fp32.
-            teacher_logits: `[N, vocab]`; None only where kd_weight is 0.
+            teacher_logits: `[N, vocab]`, or for a plain calibration `TopKTargets`; None only where kd_weight is 0.
             labels: `[N]`, the tokens that follow.
             num_tokens: counted tokens of the whole optimiser step, over accumulation and ranks; at least 1 is used.
 
@@ -91,14 +96,30 @@ class Objective:
         kd_sum = ce_sum = student_logits.sum() * 0.0 if len(labels) == 0 else student_logits.new_zeros(())
         if self.kd_weight > 0:
             assert isinstance(self.calibration, Calibration) and teacher_logits is not None
-            per_token = self.calibration(
-                student_logits=student_logits, teacher_logits=teacher_logits.float(), labels=labels
-            )
+            if isinstance(teacher_logits, TopKTargets):
+                per_token = self._top_k(student_logits, teacher_logits)
+            else:
+                per_token = self.calibration(
+                    student_logits=student_logits, teacher_logits=teacher_logits.float(), labels=labels
+                )
             kd_sum = kd_sum + per_token.sum()
         if self.ce_weight > 0:
             ce_sum = ce_sum + torch.nn.functional.cross_entropy(student_logits, labels, reduction="sum")
         total = (self.kd_weight * kd_sum + self.ce_weight * ce_sum) / max(int(num_tokens), 1)
         return Loss(total, kd_sum.detach(), ce_sum.detach())
+
+    def _top_k(self, student_logits: Tensor, targets: TopKTargets) -> Tensor:
+        """The plain calibration of a teacher at k classes, `[N]`."""
+        plain = self.calibration
+        if not isinstance(plain, Plain):
+            raise InputError(f"{self.needs_logits} compares whole rows of logits, which top-k targets do not have")
+        assert not isinstance(plain.divergence, AlphaBetaSchedule)
+        if targets.shape != student_logits.shape:
+            raise InputError(
+                f"top-k targets {targets.shape} and student {tuple(student_logits.shape)} must have one shape"
+            )
+        targets.check_temperature(plain.temperature if plain.teacher_temperature is None else plain.teacher_temperature)
+        return plain.factor * targets.compare(student_logits / plain.temperature, plain.divergence)
 
     @property
     def needs_logits(self) -> str:

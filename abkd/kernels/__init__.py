@@ -15,7 +15,8 @@ from abkd.kernels import native
 from abkd.kernels.chunked import chunked_loss, why_not_triton
 from abkd.kernels.cross_entropy import linear_cross_entropy
 from abkd.kernels.reference import LinearLoss, Problem, reference_loss
-from abkd.targets import Targets
+from abkd.kernels.top_k import why_reduced
+from abkd.targets import Targets, TopKTargets
 
 __all__ = ["LinearDivergence", "LinearLoss", "Path", "linear_cross_entropy", "linear_divergence", "linear_loss"]
 
@@ -52,7 +53,8 @@ def linear_divergence(
     Args:
         student_hidden: `[N, hidden]`, what the student's output head receives; fp32, bf16, fp16 or fp64.
         student_head: its head; the weight may have another dtype.
-        targets: of the same N tokens and the same vocabulary.
+        targets: of the same N tokens and the same vocabulary. `TopKTargets` have no row of the teacher made, or one
+            chunk of them at a time where their tail is "uniform".
         divergence: any of `abkd.divergences.KINDS`.
         token_weights: `[N]`, constants: mask, weight and normalisation are the caller's.
         temperature, teacher_temperature: > 0, divide the logits; the teacher's is the student's where None.
@@ -109,6 +111,10 @@ def linear_loss(
     """
     _check(student_hidden, student_head, targets, token_weights, labels, ce_weights, path, rows, group)
     ranges.temperatures(temperature, teacher_temperature, "none")
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    if isinstance(targets, TopKTargets):
+        targets.check_temperature(teacher_temperature)
+        teacher_temperature = 1.0  # its log-probabilities are at it
     problem = Problem(
         student_hidden,
         student_head,
@@ -116,7 +122,7 @@ def linear_loss(
         divergence,
         token_weights.detach(),
         temperature,
-        temperature if teacher_temperature is None else teacher_temperature,
+        teacher_temperature,
         labels,
         None if ce_weights is None else ce_weights.detach(),
     )
@@ -126,15 +132,17 @@ def linear_loss(
     if path == "triton" and reason:
         raise InputError(f"path=triton: {reason}; use path=auto")
     if path == "auto":
-        _say_once(_choice(student_hidden.device.type, reason))
+        _say_once(_choice(student_hidden.device.type, reason, why_reduced(targets, divergence)))
         path = "chunked" if reason or student_hidden.device.type == "cpu" else "triton"  # no interpreter unasked
     return chunked_loss(problem, rows, group, in_triton=path == "triton")
 
 
-def _choice(device: str, why_not_triton: str) -> str:
+def _choice(device: str, why_not_triton: str, why_reduced: str) -> str:
     if device != "cpu":
         not_triton = f"chunked, in torch on {device}, not in triton: {why_not_triton}"
         return f"linear_divergence: {not_triton if why_not_triton else 'triton'}"
+    if why_reduced:
+        return f"linear_divergence: chunked, in torch: {why_reduced}"
     if isinstance(reason := native.library(), str):
         return f"linear_divergence: chunked, in torch: {reason}"
     return "linear_divergence: chunked, alpha-beta in compiled C, other divergences in torch"
@@ -153,6 +161,8 @@ def _check(hidden, head: LMHead, targets: Targets, token_weights, labels, ce_wei
         raise InputError(
             f"student_hidden must be [N, {head.weight.shape[1]}] for the student's head, got {tuple(hidden.shape)}"
         )
+    if isinstance(targets, TopKTargets) and group is not None:
+        raise InputError("group: top-k targets hold classes of the whole vocabulary; use hidden states or logits")
     if targets.shape != (len(hidden), head.vocab):
         raise InputError(
             f"targets are of {targets.shape[0]} tokens and {targets.shape[1]} classes, "

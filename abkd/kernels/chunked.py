@@ -11,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from abkd.divergences import AlphaBeta, Divergence, ForwardKL, ReverseKL
+from abkd.divergences.top_k import Kept
 from abkd.errors import InputError
 from abkd.head import LMHead
 from abkd.kernels import native
 from abkd.kernels.reference import LinearLoss, Problem, entropy
-from abkd.targets import DenseTargets, HiddenTargets
+from abkd.kernels.top_k import KeptRows, kept_rows, why_reduced
+from abkd.targets import DenseTargets, HiddenTargets, TopKTargets
 
 _TILE = 4096  # columns of the vocabulary per matrix product: their weights stay in a CPU's last cache between products
 _BLOCK = 2**18  # elements of a temporary of the torch step, on a CPU
@@ -50,6 +52,8 @@ class Chunk:
     """The class of the first column."""
     gradient_dtype: torch.dtype = torch.float32
     """What the products of the gradient take; a step may give a wider one."""
+    kept: Kept | None = None
+    """Of the teacher, where that is all there is: `teacher` then has no columns."""
 
     def reduce(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
         """`tensor`, in place, over all columns."""
@@ -72,11 +76,7 @@ def chunked_loss(
     )
     if group is not None:
         rows, first_class = _agree(rows, head, group)
-    teacher_tensors = (
-        (targets.values, None, None)
-        if isinstance(targets, DenseTargets)
-        else (targets.hidden, targets.head.weight, targets.head.bias)
-    )
+    teacher_tensors = [*targets.tensors, None, None, None][:3]
     plan = _Plan(problem, rows, group, first_class, in_triton, _autocast_dtype(problem.hidden.device.type))
     return LinearLoss(*_Chunked.apply(plan, problem.hidden, head.weight, head.bias, *teacher_tensors))
 
@@ -171,11 +171,14 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     num_rows = len(hidden)
     student_side = _Side(hidden, plan.problem.head, needed[:3], plan.rows, dtype, plan.autocast)
-    teacher_side = (
-        _Side(teacher, plan.problem.targets.head, needed[3:], plan.rows, dtype, plan.autocast)
-        if isinstance(plan.problem.targets, HiddenTargets)
-        else _Rows(teacher, needed[3], dtype)
-    )
+    teacher_side: _Side | _Rows | KeptRows
+    match plan.problem.targets:
+        case DenseTargets():
+            teacher_side = _Rows(teacher, needed[3], dtype)
+        case HiddenTargets(head=head):
+            teacher_side = _Side(teacher, head, needed[3:], plan.rows, dtype, plan.autocast)
+        case TopKTargets() as targets:
+            teacher_side = KeptRows(targets, plan.problem.divergence, dtype)
     divergence, entropies, cross_entropy = (torch.zeros(num_rows, dtype=dtype, device=hidden.device) for _ in range(3))
     step = _choose_step(plan, dtype, hidden.device, teacher_needs_grad=any(needed[3:]))
     for start in range(0, num_rows, plan.rows):
@@ -195,6 +198,7 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
                 plan.group,
                 plan.first_class,
                 student_side.gradient_dtype,
+                teacher_side.kept(start, stop) if isinstance(teacher_side, KeptRows) else None,
             )
 
         done = step(chunk())
@@ -204,7 +208,7 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
         divergence[start:stop], entropies[start:stop] = done.divergence, done.entropy
         cross_entropy[start:stop] = done.cross_entropy
         student_side.accumulate(start, stop, done.student_grad)
-        if done.teacher_grad is not None:
+        if done.teacher_grad is not None and not isinstance(teacher_side, KeptRows):
             teacher_side.accumulate(start, stop, done.teacher_grad)
     total = (plan.problem.token_weights.to(dtype) * divergence).sum()
     if plan.problem.ce_weights is not None:
@@ -227,6 +231,8 @@ def _choose_step(
                 f"teacher, and a cross-entropy only at temperature 1; got {plan.problem.divergence!r}"
             )
         return torch_step
+    if why_reduced(plan.problem.targets, plan.problem.divergence):
+        return top_k_step
     if plan.in_triton:
         return triton_step
     if by_autograd:
@@ -243,6 +249,8 @@ def why_not_triton(problem: Problem, group: dist.ProcessGroup | None) -> str:
         return "the package triton is not installed"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a GPU, and the tensors are on {device}"
+    if reason := why_reduced(targets, problem.divergence):
+        return reason
     from abkd.kernels.triton import local_divergence
 
     try:
@@ -253,8 +261,7 @@ def why_not_triton(problem: Problem, group: dist.ProcessGroup | None) -> str:
         return "it computes in fp32, and the hidden states are fp64"
     if group is not None:
         return "it takes no split vocabulary"
-    teacher = [targets.values] if isinstance(targets, DenseTargets) else [targets.hidden, *targets.head.tensors]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in teacher):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in targets.tensors):
         return "it gives no gradient of the teacher"
     return ""
 
@@ -335,6 +342,21 @@ def torch_step(chunk: Chunk) -> Step | None:
     chunk.reduce(values)
     if not bool(values[0].isfinite().all()):
         return None
+    return Step(values[0], values[1], values[2], chunk.student, None)
+
+
+def top_k_step(chunk: Chunk) -> Step:
+    """Any divergence from k classes of the teacher and its rest."""
+    assert chunk.kept is not None
+    values = kept_rows(
+        chunk.student,
+        chunk.kept,
+        chunk.weights,
+        chunk.ce_weights,
+        chunk.labels,
+        divergence=chunk.divergence,
+        temperature=chunk.temperature,
+    )
     return Step(values[0], values[1], values[2], chunk.student, None)
 
 

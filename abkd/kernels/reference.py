@@ -8,7 +8,7 @@ from torch import Tensor
 
 from abkd.divergences import Divergence
 from abkd.head import LMHead
-from abkd.targets import Targets
+from abkd.targets import Targets, TopKTargets
 
 
 class LinearLoss(NamedTuple):
@@ -41,8 +41,11 @@ def reference_loss(problem: Problem) -> LinearLoss:
     """All logits, then autograd."""
     logits = problem.head.logits(problem.hidden)
     student = torch.log_softmax(logits / problem.temperature, dim=-1)
-    teacher = torch.log_softmax(problem.targets.logits(0, len(logits)) / problem.teacher_temperature, dim=-1)
-    values = problem.divergence(student=student, teacher=teacher)
+    if isinstance(problem.targets, TopKTargets):
+        values = problem.targets.compare(logits / problem.temperature, problem.divergence)
+    else:
+        teacher = torch.log_softmax(problem.targets.logits(0, len(logits)) / problem.teacher_temperature, dim=-1)
+        values = problem.divergence(student=student, teacher=teacher)
     total = (problem.token_weights * values).sum()
     cross_entropy = torch.zeros_like(values)
     if problem.labels is not None and problem.ce_weights is not None:
