@@ -3,14 +3,15 @@
     python benchmarks/top_k.py [--students 24 28] [--tokens 256]      # one row a setting into top_k.csv, and the figure
     python benchmarks/top_k.py --plot                                 # draws the CSV again
 
-Rows are SmolLM2-135M-Instruct's and those of a student with that many of its 30 layers, untrained, on the first completion
-tokens of the demo's validation file: 24 layers are about 2.6 nats of forward KL away, as at the start of a training, 28
-about half a nat, as at its end. `--students 0` takes random logits instead, teacher and student independent: (128, 32000).
+Rows are SmolLM2-135M-Instruct's and those of a student with that many of its 30 layers, untrained, on the first
+completion tokens of the demo's validation file: 24 layers are about 2.6 nats of forward KL away, as at the start of a
+training, 28 about half a nat, as at its end. `--students 0` takes random logits instead, teacher and student
+independent: (128, 32000).
 
 Value: mean over the tokens, over the dense mean, less 1. Gradient: of that mean, relative L2 of the difference, on the
-student's logits and on what its head receives. Samples: the value's mean over `--draws` samples, the gradient's root mean
-square. `sampled` draws k times, `half` keeps k/2 classes exactly and draws k/2 times from the others; `ids` says how many
-classes a token that kept.
+student's logits and on what its head receives. Samples: the value's mean over `--draws` samples, the gradient's root
+mean square. `sampled` draws k times, `half` keeps k/2 classes exactly and draws k/2 times from the others; `ids` says
+how many classes a token that kept.
 """
 
 import argparse
