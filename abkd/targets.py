@@ -223,11 +223,12 @@ class TopKTargets:
 
     def _check_rows(self) -> None:
         """What takes a look at the numbers."""
-        if not 0 <= int(self.ids.min()) <= int(self.ids.max()) < self.vocab:
+        ids = self.ids.long()
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab:
             raise InputError(f"ids must lie between 0 and {self.vocab - 1}")
         is_kept = self.log_probs > -math.inf
-        nothing = -1 - torch.arange(self.ids.shape[1], device=self.ids.device)
-        ordered = torch.where(is_kept, self.ids.long(), nothing).sort(dim=-1).values
+        nothing = -1 - torch.arange(ids.shape[1], device=ids.device)
+        ordered = torch.where(is_kept, ids, nothing).sort(dim=-1).values
         if twice := (ordered[:, 1:] == ordered[:, :-1]).any(-1).nonzero().flatten().tolist():
             raise InputError(f"ids must differ within a row, and row {twice[0]} keeps a class twice")
         mass = _log_mass(self.log_probs.double(), self.tail_log_mass.double()).exp()
