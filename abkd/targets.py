@@ -195,7 +195,7 @@ class TopKTargets:
         """
         kept = self.rows(start, stop, torch.promote_types(self.log_probs.dtype, torch.float32))
         num_rest = self.vocab - (kept.log_probs > -math.inf).sum(-1)
-        each = kept.log_rest - num_rest.clamp(min=1).log()
+        each = kept.log_rest - num_rest.clamp(min=1).to(kept.log_rest.dtype).log()
         if self.tail == "renormalise":
             each = torch.full_like(each, -math.inf)
         rows = each.unsqueeze(-1).expand(-1, self.vocab).scatter_add(-1, kept.ids, marks_of_kept(kept.log_probs))
