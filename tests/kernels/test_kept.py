@@ -259,7 +259,7 @@ def test_the_dense_objective_refuses_what_top_k_cannot_give():
     targets = top_k(teacher, "lump")
     with pytest.raises(InputError, match=re.escape("the calibration dkd compares whole rows of logits")):
         Objective(DKD())(teacher_logits=targets, **given)
-    with pytest.raises(InputError, match="teacher_temperature is 4.0, and these top-k targets were made at"):
+    with pytest.raises(InputError, match=r"teacher_temperature is 4\.0, and these top-k targets were made at"):
         Objective(Plain(ForwardKL(), 4.0))(teacher_logits=targets, **given)
     with pytest.raises(
         InputError, match=re.escape("top-k targets (29, 211) and student (29, 210) must have one shape")
