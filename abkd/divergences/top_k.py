@@ -5,11 +5,11 @@ D = sum_k f(p_k, q_k), with f(cp, cq) = c^s f(p, q), sees the rest of the studen
 
     L_a = ln sum_R e^(a x_j)                                                                   (7)
 
-alone, at a = 1 and a = s, where the rest of the teacher is 0 or one class: at p = 0
+alone, at a = 1 and a = s, where the rest of the teacher is one class or 0, since
 
     sum_R f(0, q_j) = f(0, r),   r = (sum_R q_j^s)^(1/s),   ln r = L_s / s - ln Z.             (8)
 
-So k logits and two sums of a row are enough, and its gradient is that of (7), which is a softmax over the rest.
+So k logits and two sums of a row are enough, and their gradient on the rest is a softmax over it.
 docs/teachers.md says what each tail means, and what it bounds.
 """
 
@@ -39,7 +39,7 @@ from abkd.errors import InputError
 
 Tail = Literal["lump", "uniform", "renormalise", "sampled"]
 
-_NOTHING = -1e30  # its exp is 0 as that of -inf, and 0 times it is 0
+_NOTHING = -1e30  # for -inf in q ln q: 0 times it is 0
 _OF_DEGREE_ONE = (ForwardKL, ReverseKL, SymmetricKL, WSD, JSD, SkewedForwardKL, SkewedReverseKL, TotalVariation)
 
 
@@ -110,7 +110,7 @@ class Kept:
         return self._sampled(log_q, None if power <= 0 else seen.sums[power] / power - total, divergence)
 
     def _sampled(self, log_q: Tensor, rest: Tensor | None, divergence: Divergence) -> Tensor:
-        """sum_k f(0, q_k) + sum_K weight (f(p, q) - f(0, q)); without f(0, q), which is constant, where it is +inf."""
+        """sum_k f(0, q_k) + sum_K weight (f(p, q) - f(0, q)), or sum_K weight f(p, q) where f(0, q) is +inf."""
         assert self.log_weights is not None
         weights = self.log_weights.exp()
         values = weights * _by_class(divergence, log_q, self.log_probs)
@@ -156,9 +156,10 @@ class _See(torch.autograd.Function):
         gap = logits.scatter_add(-1, ids, marks)  # x on the rest, -inf elsewhere
         top = gap.amax(-1, keepdim=True)
         top.masked_fill_(top.isneginf(), 0.0)
-        gap.sub_(top).clamp_(min=_NOTHING)
+        gap.sub_(top)
         terms = [gap.exp() if power == 1 else (power * gap).exp_() for power in powers]
         sums = [term.sum(-1, keepdim=True) for term in terms]
+        gap.clamp_(min=_NOTHING)
         entropy = sums[0].log() - torch.linalg.vecdot(terms[0], gap).unsqueeze(-1) / sums[0]
         entropy = entropy.masked_fill_(sums[0] == 0, 0.0).squeeze(-1)
         ctx.save_for_backward(ids, marks, *terms, *sums)

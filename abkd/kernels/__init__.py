@@ -14,8 +14,8 @@ from abkd.head import LMHead
 from abkd.kernels import native
 from abkd.kernels.chunked import chunked_loss, why_not_triton
 from abkd.kernels.cross_entropy import linear_cross_entropy
-from abkd.kernels.reference import LinearLoss, Problem, reference_loss
 from abkd.kernels.kept import why_reduced
+from abkd.kernels.reference import LinearLoss, Problem, reference_loss
 from abkd.targets import Targets, TopKTargets
 
 __all__ = ["LinearDivergence", "LinearLoss", "Path", "linear_cross_entropy", "linear_divergence", "linear_loss"]

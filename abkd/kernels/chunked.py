@@ -15,8 +15,8 @@ from abkd.divergences.top_k import Kept
 from abkd.errors import InputError
 from abkd.head import LMHead
 from abkd.kernels import native
-from abkd.kernels.reference import LinearLoss, Problem, entropy
 from abkd.kernels.kept import KeptRows, kept_rows, why_reduced
+from abkd.kernels.reference import LinearLoss, Problem, entropy
 from abkd.targets import DenseTargets, HiddenTargets, TopKTargets
 
 _TILE = 4096  # columns of the vocabulary per matrix product: their weights stay in a CPU's last cache between products

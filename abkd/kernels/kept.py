@@ -56,8 +56,9 @@ def kept_rows(
         logits = student[rows].detach().requires_grad_()
         with torch.enable_grad():
             tempered = logits if temperature == 1 else logits / temperature
-            seen = kept[rows].see(tempered, divergence, () if labels is None else (temperature,))
-            found = kept[rows].compare(seen, divergence)
+            here = kept[rows]
+            seen = here.see(tempered, divergence, () if labels is None else (temperature,))
+            found = here.compare(seen, divergence)
             total = (weights[rows] * found).sum()
             if labels is not None and ce_weights is not None:
                 label = labels[rows].unsqueeze(-1)
