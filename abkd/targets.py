@@ -242,6 +242,8 @@ class TopKTargets:
             raise InputError(f"each row must keep a class, and row {int(counts.argmin())} keeps none")
         if bool(((counts == self.vocab) & (self.tail_log_mass > -math.inf)).any()):
             raise InputError("tail_log_mass must be -inf where a row keeps all classes, so that there is no rest")
+        if self.log_weights is not None and not bool((self.log_weights.isfinite() | ~is_kept).all()):
+            raise InputError("log_weights must be finite where a class is kept; one of weight 0 is not kept")
 
 
 Targets = DenseTargets | HiddenTargets | TopKTargets

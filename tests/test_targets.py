@@ -180,6 +180,10 @@ def small():
         ({"tail": "sampled"}, "log_weights and tail=sampled go together"),
         ({"log_weights": torch.zeros(2, 2)}, "log_weights and tail=sampled go together"),
         ({"tail": "sampled", "log_weights": torch.zeros(2)}, r"log_weights must be \[2, 2\] for these ids"),
+        (
+            {"tail": "sampled", "log_weights": torch.tensor([[0.0, -math.inf], [0.0, 0.0]])},
+            "log_weights must be finite where a class is kept; one of weight 0 is not kept",
+        ),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"ids": torch.tensor([[2, 0], [1, 4]])}, "ids must lie between 0 and 3"),
         ({"ids": torch.tensor([[2, -1], [1, 3]])}, "ids must lie between 0 and 3"),
