@@ -6,7 +6,7 @@ rank 0, prints and writes. Imports torch only where there are several.
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -93,6 +93,13 @@ def summed(numbers: Mapping[str, float]) -> dict[str, float]:
     """Each number summed over the ranks, the same to the last bit on all of them."""
     values = gather(dict(numbers))
     return {name: sum(value[name] for value in values) for name in numbers}
+
+
+def take_from_first(tensors: Iterable[Any]) -> None:
+    """Each tensor becomes that of the first rank, in place; on every rank in the same order."""
+    if group := _group():
+        for tensor in tensors:
+            group.broadcast(tensor, src=0)
 
 
 def share(items: Sequence[T]) -> list[T]:

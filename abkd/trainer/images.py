@@ -16,7 +16,7 @@ from abkd.errors import InputError
 from abkd.evaluation.classification import ClassificationMeter
 from abkd.features import AttachedTerm
 from abkd.objective import Objective
-from abkd.ranks import num_ranks, rank, summed
+from abkd.ranks import num_ranks, rank, summed, take_from_first
 from abkd.targets import DenseTargets
 from abkd.teachers.classifier import ClassifierTeacher
 from abkd.trainer.loop import VALIDATION_DIVERGENCES, AbstractDistillationTrainer
@@ -188,11 +188,14 @@ def classify(
     batch_size: int,
     teacher_logits: Tensor | None = None,
 ) -> None:
-    """Feeds the meter the model's logits of all images; of several ranks each does its part.
+    """Feeds the meter the model's logits of all images; of several ranks each does its part, with one model.
+
+    The running means of a rank that trains are of its own images; those of the first rank are saved, and all take them.
 
     Args:
         teacher_logits: `[N, classes]`, `all_logits` of the teacher.
     """
+    take_from_first(model.buffers())
     was_training = model.training
     model.eval()
     for number, keys in enumerate(torch.arange(len(images)).split(batch_size)):
