@@ -28,23 +28,30 @@ class StepLog:
 
     def __init__(self):
         counts = ("num_rows", "num_teacher_rows", "num_mass_rows", "num_target_rows")
-        self.sums = dict.fromkeys((*COUNTED, *OF_ROWS, *OF_MASS, *counts), 0.0)
+        self._sums = dict.fromkeys((*COUNTED, *OF_ROWS, *OF_MASS, *counts), 0.0)
+        self._of_batches: Tensor | float = 0.0  # fp64 [4], kd, ce, num_tokens, num_read; on the model's device
         self.started = time.monotonic()
 
     def add(self, loss: Loss, mask: Tensor, attention_mask: Tensor) -> None:
-        """One micro-batch."""
-        values = torch.stack([loss.kd_sum, loss.ce_sum, mask.sum(), attention_mask.sum()]).tolist()
-        for name, value in zip(("kd", "ce", "num_tokens", "num_read"), values, strict=True):
-            self.sums[name] += value
+        """One micro-batch; does not wait for a GPU."""
+        counts = mask.sum(), attention_mask.sum()
+        self._of_batches = self._of_batches + torch.stack([loss.kd_sum, loss.ce_sum, *counts]).double()
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Of this rank."""
+        if isinstance(self._of_batches, float):
+            return self._sums
+        return self._sums | dict(zip(("kd", "ce", "num_tokens", "num_read"), self._of_batches.tolist(), strict=True))
 
     def add_lm(self, loss: Loss, num_tokens: int) -> None:
         """The corpus's part of a micro-batch."""
-        self.sums["lm"] += loss.ce_sum.item()
-        self.sums["lm_tokens"] += num_tokens
+        self._sums["lm"] += loss.ce_sum.item()
+        self._sums["lm_tokens"] += num_tokens
 
     def add_features(self, weighted_sum: Tensor) -> None:
         """The terms on features of a micro-batch of images, times their weights."""
-        self.sums["features"] += weighted_sum.item()
+        self._sums["features"] += weighted_sum.item()
 
     @torch.no_grad()
     def add_rows(
@@ -79,7 +86,7 @@ class StepLog:
                 found |= {name: value * count for name, value in moves.items()} | {"num_mass_rows": count}
                 found["num_target_rows"] = 0 if given is None else count
         for name, value in found.items():
-            self.sums[name] += value
+            self._sums[name] += value
 
 
 def figures(sums: dict[str, float], seconds: float, device: torch.device) -> dict[str, float]:

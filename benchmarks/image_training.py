@@ -10,6 +10,11 @@ process, so that what else the machine does disturbs all of them alike; the firs
 compares the time that the process had of a core, over all steps, logging and new epochs included. `data_share` is the
 part of `ImageStore.batch` in the loop's time.
 
+On a CPU, memory that the C library gives back after a step and takes again in the next costs more than all else in
+which the loops differ, and falls on one or the other by chance. The fair comparison keeps it:
+
+    MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=8589934592 python benchmarks/image_training.py
+
 torchdistill is optional: pip install torchdistill, which needs torchvision.
 """
 
@@ -47,6 +52,7 @@ CSV = Path(__file__).with_name("image_training.csv")
 CLASSES = tuple(map(str, range(100)))
 OBJECTIVE = Objective(Plain(AlphaBeta(0.8, 0.3), temperature=4.0), ce_weight=1.0)
 AUGMENTATION = Augmentation()
+KEPT = "MALLOC_TRIM_THRESHOLD_"
 WARM_UP = 3
 """Steps that are not timed."""
 
@@ -245,7 +251,7 @@ def main():
             beside.append(method)
     common = {"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "hardware": hardware("cpu"), "threads": 1,
               "torch": torch.__version__, "batch_size": options.batch_size, "steps": options.steps,
-              "repeats": options.repeats}  # fmt: skip
+              "repeats": options.repeats, "memory": "kept" if KEPT in os.environ else "default"}  # fmt: skip
     for pair in options.pairs.split(","):
         runs = [measure(pair, beside, options) for _ in range(options.repeats)]
         for row in rows(pair, runs, options.batch_size):

@@ -168,12 +168,12 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return -(-len(self.train_images) // size)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Every image counts."""
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int:
+        """Every image counts; a number, which no GPU has to be asked for."""
         count = sum(len(batch["keys"]) for batch in batch_samples)
         if self.args.average_tokens_across_devices:
             count = int(summed({"images": count})["images"])
-        return torch.tensor(count, device=device)
+        return count
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return EpochSampler(len(self.train_images), self.args.seed)
