@@ -67,6 +67,7 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
         rate_factor: Callable[[float], float] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
+        args.dataloader_pin_memory = False  # a batch is a few keys
         super().__init__(
             model=model,
             args=args,
