@@ -45,13 +45,12 @@ def main(steps):
     torch.manual_seed(0)
     generator, teacher, student = torch.Generator().manual_seed(0), network(64), network(16).eval()
     train(teacher, lambda logits, images, labels: cross_entropy(logits, labels), steps, generator)
-    teacher.requires_grad_(False)
     images, labels = gratings(1000, generator)
-    before, target = student(images).detach(), teacher(images)
+    before, target = student(images).detach(), teacher.requires_grad_(False)(images)
     train(student, lambda logits, images, labels: 10 * divergence(logits, teacher(images), 4.0), steps, generator)
-    for name, logits in (("before", before), ("after", student(images).detach()), ("teacher", target)):
+    for name, logits in (("before", before), ("after", student(images).detach()), ("of the teacher", target)):
         accuracy = (logits.argmax(-1) == labels).float().mean()
-        print(f"{name}: alpha_beta {divergence(logits, target):.4f}, accuracy {accuracy:.4f}")
+        print(f"alpha_beta: {divergence(logits, target):.4f} {name}, accuracy {accuracy:.4f}")
 
 
 if __name__ == "__main__":
