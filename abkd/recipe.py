@@ -16,8 +16,13 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def recipe_names() -> dict[str, str]:
-    """Shipped recipes and pieces of recipes: name, with its folder for a piece -> the first line of the header."""
-    files = sorted(RECIPES.rglob("*.yaml"), key=lambda file: (len(file.relative_to(RECIPES).parts), file))
+    """Shipped recipes and pieces of recipes: name, with its folder for a piece -> the first line of the header.
+
+    The demo comes first, then the recipes, then the pieces.
+    """
+    files = sorted(
+        RECIPES.rglob("*.yaml"), key=lambda file: (len(file.relative_to(RECIPES).parts), file.stem != "demo", file)
+    )
     return {
         file.relative_to(RECIPES).with_suffix("").as_posix(): file.read_text(encoding="utf-8")
         .split("\n", 1)[0]

@@ -153,7 +153,7 @@ class _Watch:
 
 
 def _abkd(recipe, setup, student, folder):
-    from abkd.run import make_trainer
+    from abkd.tasks.language import make_trainer
     from abkd.rundir import RunDir
 
     (folder / "run").mkdir()

@@ -100,9 +100,9 @@ def train_two_steps(recipe, length: int) -> None:
     from conftest import make_tokenizer
 
     from abkd.models.pretrained import load_model
-    from abkd.run import make_trainer
     from abkd.rundir import RunDir
     from abkd.setup import Setup, make_student
+    from abkd.tasks.language import make_trainer
     from abkd.teachers.in_process import InProcessTeacher
 
     teacher = InProcessTeacher(load_model(recipe.teacher.path, "teacher.path"))
