@@ -46,7 +46,8 @@ def rows_of(
     Args:
         student_logits, teacher_logits: `[N, vocab]`, one row a token (or a sample).
         names: N of them, for the page's menu: what is predicted there, as in "The capital of France is ...".
-        label_of: from a class's number to what is written under it, as `tokenizer.decode`.
+        label_of: from a class's number to what is written under it, as `tokenizer.decode`; spaces and line ends in it
+            are shown by signs.
         num_teacher: >= 1; a vocabulary that small has no rest.
         num_student: >= 0, of the student's most probable classes; those among the teacher's are not shown twice.
 
@@ -94,7 +95,7 @@ def _row(
     shown = list(dict.fromkeys(of_teacher + of_student))
     left = torch.ones(len(teacher), dtype=torch.bool)
     left[shown] = False
-    labels = [label_of(index) for index in shown]
+    labels = [_seen(label_of(index)) for index in shown]
     student, teacher = (torch.cat([row[shown], row[left].logsumexp(-1, keepdim=True)]) for row in (student, teacher))
     if not left.any():
         student, teacher = student[:-1], teacher[:-1]
@@ -106,3 +107,9 @@ def _row(
         "student can only become surer or less sure."
     )
     return Row(name, about, tuple(labels), student, teacher, temperature, is_own=True)
+
+
+def _seen(label: str) -> str:
+    """With signs for what cannot be seen."""
+    signs = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+    return "".join(signs.get(character, character) for character in label) or "∅"

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import threading
+from urllib.request import urlopen
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,9 +19,10 @@ from abkd.explore.server import PAGE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
+KINDS = {"here": "here", "forward": "forward_kl", "reverse": "reverse_kl"}
 DRAWN = """new Promise((done, failed) => {
   const drawn = () => document.documentElement.dataset.drawn;
-  const end = setTimeout(() => failed(new Error(drawn())), 30000);
+  const end = setTimeout(() => failed(new Error(drawn())), 120000);
   const look = () => drawn() === STATE ? (clearTimeout(end), done(true)) : setTimeout(look, 5);
   look();
 })"""
@@ -170,6 +173,44 @@ def test_it_shows_what_the_server_computed(browser, url):
 
 
 @needs_browser
+@pytest.mark.parametrize("row, alpha, beta", [(1, 0.2, 0.7), (5, 0.2, 0.7), (5, 0, 0.5)])
+def test_the_picture_is_of_the_numbers(browser, url, row, alpha, beta):
+    browser.open(f"{url}?row={row}&alpha={alpha}&beta={beta}", row, alpha, beta)
+    query = f"row={row}&alpha={alpha}&beta={beta}"
+    start, point, landing = (json.load(urlopen(url + path)) for path in ("start", f"point?{query}", f"landing?{query}"))
+    one_each = "e => ['y', 'height', 'class'].map(name => e.getAttribute(name))"
+    bars = {
+        name: browser.value(f"[...document.querySelectorAll('#{name} .bar:is(rect)')].map({one_each})")
+        for name in ("mass", "hardness", "confidence", "push")
+    }
+    shown = {name: np.array([float(height) for _, height, _ in each]) for name, each in bars.items()}
+    teacher = np.array(start["rows"][row]["teacher"])
+    np.testing.assert_allclose(shown["mass"] / shown["mass"].max(), teacher / teacher.max(), atol=1e-6)
+    assert {kind for *_, kind in bars["mass"]} == {"bar teacher"}
+    for name in ("hardness", "confidence"):
+        expected = np.array([float(value) for value in point[name]])
+        infinite = np.isinf(expected)
+        assert [kind == "bar infinite" for *_, kind in bars[name]] == infinite.tolist()
+        expected, found = expected[~infinite], shown[name][~infinite]
+        np.testing.assert_allclose(found / found.max(), expected / expected.max(), atol=1e-6)
+    push, shift = -np.array(point["gradient"]), np.array(point["shift"])
+    np.testing.assert_allclose(shown["push"] / shown["push"].max(), abs(push) / abs(push).max(), atol=1e-6)
+    base = max(float(y) for y, *_ in bars["push"])  # where the bars that point down begin
+    for (y, height, kind), up, gain in zip(bars["push"], push, shift, strict=True):
+        assert abs(float(y) + (float(height) if up > 0 else 0) - base) < 1e-6
+        assert kind == ("bar " if gain > 0 else "bar hollow" if gain < 0 else "bar still")
+    curves = {"student": start["rows"][row]["student"]}
+    curves |= {kind: landing[name]["student"] for kind, name in KINDS.items() if landing[name]}
+    assert browser.value("document.querySelectorAll('#mass polyline').length") == len(curves)
+    bottom = max(float(y) + float(height) for y, height, _ in bars["mass"])
+    scale = shown["mass"].max() / teacher.max()
+    for kind, expected in curves.items():
+        points = browser.value(f"document.querySelector('#mass polyline.{kind}').getAttribute('points')").split()
+        found = [(bottom - float(pair.split(",")[1])) / scale for pair in points]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@needs_browser
 def test_every_control_moves_the_point_and_the_picture(browser, url):
     browser.complaints.clear()
     browser.open(url + "?row=1", row=1)
@@ -246,8 +287,14 @@ def test_classes_are_chosen_by_keys_and_rows_by_the_menu(browser, url):
     browser.press("ArrowRight")
     assert browser.value("document.querySelector('#readout b').textContent") == f"class {before + 1}"
     assert browser.value("document.querySelectorAll('.band').length") == 4
-    browser.value("(e => { e.value = 0; e.dispatchEvent(new Event('change')); })(document.getElementById('row'))")
+    browser.complaints.clear()
+    to_row = "(e => {{ e.value = {}; e.dispatchEvent(new Event('change')); }})(document.getElementById('row'))"
+    browser.value(to_row.format(5))  # of fewer classes than the one that was chosen
+    browser.wait_for(5, 0.2, 0.7)
+    assert int(browser.value("document.querySelector('#readout b').textContent").removeprefix("class ")) < 12
+    browser.value(to_row.format(0))
     browser.wait_for(0, 0.2, 0.7)
+    assert browser.complaints == []
     assert browser.value("document.querySelector('#readout b').textContent").startswith("class “<i>")
     assert browser.value("document.querySelector('#row option').textContent") == "a <b>row</b>"
 

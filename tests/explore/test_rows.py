@@ -25,6 +25,12 @@ def test_the_teachers_top_then_the_students_then_the_rest():
         assert found.exp().sum().item() == pytest.approx(1)
 
 
+def test_what_cannot_be_seen_in_a_label_is_shown_by_signs():
+    labels = [" Paris", "", "\n\n", "a b", "x", "\ty", "z"]
+    (row,) = rows(label_of=labels.__getitem__)
+    assert row.labels == ("␣Paris", "∅", "⏎⏎", "a␣b", "x", "⇥y", "z")
+
+
 def test_a_small_vocabulary_has_no_rest():
     (row,) = rows()
     assert row.labels == tuple("0123456") and len(row.student) == 7
