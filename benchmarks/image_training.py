@@ -11,7 +11,7 @@ compares the time that the process had of a core, over all steps, logging and ne
 part of `ImageStore.batch` in the loop's time.
 
 On a CPU, memory that the C library gives back after a step and takes again in the next costs more than all else in
-which the loops differ,. The fair comparison keeps it:
+which the loops differ. The fair comparison keeps it:
 
     MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=8589934592 python benchmarks/image_training.py
 
