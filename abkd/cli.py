@@ -116,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--batch-size", type=_count, default=16)
     generate.add_argument("--seed", type=int, default=0)
     add_overrides(generate)
+    report = add("report", _report, "write one HTML file about runs: results, curves, the plane, answers, cost")
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs, finished or not")
+    report.add_argument("--output", metavar="FILE.html", type=Path, default=Path("report.html"))
+    report.add_argument("--metric", help="what colours the plane, as forward_kl; else ROUGE-L, top-1 or agreement")
     recipes = add("recipes", _recipes, "list the shipped recipes, or print one")
     recipes.add_argument("name", nargs="?", help="print this recipe")
     advise = add(
@@ -285,6 +289,14 @@ def _as_student(task: str, section: dict[str, Any], path: str) -> dict[str, Any]
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
         return {"kind": "pretrained", "path": section.get("path", path), "adapter": path}
     return {"kind": "pretrained", "path": path}
+
+
+def _report(options: argparse.Namespace) -> int:
+    from abkd.analysis.report import write_report
+
+    write_report(options.runs, options.output, metric=options.metric)
+    _say(f"the report is in {options.output}")
+    return DONE
 
 
 def _recipes(options: argparse.Namespace) -> int:
