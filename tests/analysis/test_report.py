@@ -180,7 +180,7 @@ def page(grid):
 def shown(key, value):
     if key in PERCENT:
         return f"{100 * value:.{PERCENT[key]}f}%"
-    return f"{value:,.{DECIMALS[key]}f}"
+    return f"{value:,.{DECIMALS[key]}f}".replace("-", "−")
 
 
 def cell(page, key, of):
@@ -222,7 +222,7 @@ def test_results_are_the_means_and_deviations_over_the_seeds(page, grid, key):
         assert first_line(found) == shown(key, values.sum() / len(values))
         if len(values) > 1:
             sd = math.sqrt(((values - values.mean()) ** 2).sum() / (len(values) - 1))
-            assert found.one("small").text == f"sd {shown(key, sd)}, n = 3"
+            assert found.one("small").text == f"sd {shown(key, sd)}"
             for run, value in zip(runs[name], values, strict=True):
                 assert first_line(cell(page, key, run.name)) == shown(key, value)
         else:
@@ -253,9 +253,10 @@ def test_a_difference_is_called_one_beyond_the_spread_alone(page, grid):
                 wins.append((change < 0) == (key in LOWER) and abs(change) > half)
                 if names[one] < names[other]:
                     found = cell(page, key, f"{names[one]}-{names[other]}")
-                    sign = "+" if change >= 0 else ""
-                    assert first_line(found) == sign + shown(key, change)
-                    assert found.one("small").text == f"± {shown(key, half)}"
+                    sign = "+" if change >= 0 else "−"
+                    words, allowed = (shown(key, abs(each)).replace("%", " pp") for each in (change, half))
+                    assert first_line(found) == sign + words
+                    assert found.one("small").text == f"± {allowed}"
                     assert bool(found.all("b")) == (abs(change) > half)
                     verdicts.add(bool(abs(change) > half))
             assert bool(cell(page, key, names[one]).all("b")) == all(wins)
@@ -271,7 +272,7 @@ def test_evaluation_sets_have_deviation_interval_and_self_bleu(page, grid):
             found = cell(page, name, whose)
             assert first_line(found) == f"{each['mean']:.1f} ({each['sd']:.2f})"
             interval = "{:.1f} to {:.1f}".format(*each["interval"])
-            said = [interval, f"Self-BLEU {each['self_bleu']:.1f}", f"{100 * each['ended']:.0f}% ended"]
+            said = [interval, f"Self-BLEU {each['self_bleu']:.1f}, {100 * each['ended']:.0f}% ended"]
             assert [small.text for small in found.all("small")] == said
 
 
@@ -285,7 +286,7 @@ def test_probability_mass_in_bars_and_numbers(page, grid):
         expected.append(np.mean([each["after"]["rank_mass"]["student"] for each in results[name]], axis=0))
     part = page.one("section", id="mass")
     numbers = [td.text for td in part.all("td")]
-    assert numbers == [f"{100 * share:.2f}%" for row in expected for share in row]
+    assert numbers == [f"{100 * share:.1f}%" for row in expected for share in row]
     assert [td.attributes["data-bucket"] for td in part.all("td")] == LABELS * len(expected)
     widths = np.array([float(bar.attributes["width"]) for bar in part.all("rect")]).reshape(len(expected), 7)
     np.testing.assert_allclose(widths / widths.sum(1, keepdims=True), np.array(expected), atol=1e-4)

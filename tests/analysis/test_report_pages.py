@@ -153,7 +153,7 @@ def test_only_runs_of_one_teacher_and_data_stand_beside_each_other(tmp_path):
         "B: teacher models/another",
     ]
     both, alone = (results.one("td", data_measure="forward_kl", data_of=letter) for letter in "AB")
-    assert "n = 2" in both.text and "n = " not in alone.text
+    assert "sd" in both.text and "sd" not in alone.text and "2 seeds" in results.text
 
 
 def test_one_seed_calls_no_difference_one(tmp_path):

@@ -77,6 +77,8 @@ def _setting_rows(setting: Setting, colours: Colours, keys: Sequence[str], best:
     if not after:
         return []
     head = joined(chip(setting, colours[setting.key]), " ", setting.label)
+    if len(after) > 1:
+        head = joined(head, element("small", f"{len(after)} seeds"))
     of_all = [each for _, each in after]
     rows = [row(head, [_cell(key, of_all, setting.key, key in best) for key in keys])]
     if len(after) > 1:
@@ -95,7 +97,8 @@ def _cell(key: str, measured: Sequence[Mapping[str, Any]], whose: str, is_best: 
         return element("td", "–")
     below = _interval(measured[0].get(f"{key}_interval"), form) if len(values) == 1 else None
     if len(values) > 1:
-        below = f"sd {number_words(form, _sd(values))}, n = {len(values)}"
+        fewer = f", n = {len(values)}" if len(values) < len(measured) else ""
+        below = f"sd {number_words(form, _sd(values))}{fewer}"
     shown = number_words(form, fmean(values))
     words = element("b", shown) if is_best else shown
     return element("td", words, element("small", below) if below else None, data_measure=key, data_of=whose)
@@ -126,18 +129,20 @@ def _measured_on(comparison: Comparison) -> Markup:
 
 
 def _sets_table(comparison: Comparison, colours: Colours) -> Markup | None:
-    voices = [(joined(name), name, rows) for name, rows in references(comparison)]
+    voices: list[tuple[Markup, str, Mapping[str, Any], str | None]]
+    voices = [(joined(name), name, rows[0], None) for name, rows in references(comparison)]
     for setting in comparison.settings:
-        for run in (run for run in setting.runs if "after" in run.results):
-            seed = f", seed {run.seed}" if len(setting.runs) > 1 else ""
-            head = joined(chip(setting, colours[setting.key]), " ", setting.label, seed)
-            voices.append((head, run.name, [run.results["after"]]))
-    names = list(dict.fromkeys(name for _, _, rows in voices for name in rows[0].get("sets", {})))
+        after = [(run, run.results["after"]) for run in setting.runs if "after" in run.results]
+        for place, (run, measured) in enumerate(after):
+            seed = f", seed {run.seed}" if len(after) > 1 else ""
+            head = joined(chip(setting, colours[setting.key]), " ", setting.label, seed) if not place else seed[2:]
+            voices.append((joined(head), run.name, measured, "seed" if place else None))
+    names = list(dict.fromkeys(name for _, _, measured, _ in voices for name in measured.get("sets", {})))
     if not names:
         return None
     rows = [
-        row(head, [_set_cell(measured[0].get("sets", {}).get(name), name, whose) for name in names])
-        for head, whose, measured in voices
+        row(head, [_set_cell(measured.get("sets", {}).get(name), name, whose) for name in names], class_=kind)
+        for head, whose, measured, kind in voices
     ]
     words = note(
         "Mean over prompts and sampling seeds, 0 to 100 (standard deviation over the sampling seeds); below it its",
@@ -151,11 +156,11 @@ def _set_cell(measured: Mapping[str, Any] | None, name: str, whose: str) -> Mark
     if measured is None:
         return element("td", "–")
     spread, alike = number(measured, "sd"), number(measured, "self_bleu")
-    below = [
-        _interval(measured.get("interval"), "{:.1f}"),
+    said = [
         None if alike is None else f"Self-BLEU {alike:.1f}",
         None if (ended := number(measured, "ended")) is None else f"{ended:.0%} ended",
     ]
+    below = [_interval(measured.get("interval"), "{:.1f}"), ", ".join(filter(None, said))]
     return element(
         "td",
         f"{measured['mean']:.1f}",
@@ -198,11 +203,12 @@ def _difference(key: str, spread: Spread, one: Setting, other: Setting) -> Marku
         return element("td", "–")
     change, half = fmean(values) - fmean(others), spread.half_width(len(values), len(others))
     words = number_words(form, change) if change < 0 else f"+{number_words(form, change)}"
+    words = words.replace("%", " pp")
     is_one = spread.differ(values, others)
     return element(
         "td",
         element("b", words) if is_one else words,
-        element("small", f"± {number_words(form, half)}"),
+        element("small", f"± {number_words(form, half)}".replace("%", " pp")),
         data_measure=key,
         data_of=f"{one.key}-{other.key}",
     )

@@ -11,7 +11,7 @@ WIDTH, HEIGHT = 460.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 16.0, 10.0, 34.0
 LINE = 13.0
 """Height of a line of text."""
-LETTER = 5.9
+LETTER = 6.6
 """Width of a letter, about."""
 NUM_COLOURS = 7
 DASHES = (None, "6 3", "2 3", "8 3 2 3")

@@ -26,9 +26,9 @@ def mass(comparison: Comparison, colours: Colours) -> list[Markup | None]:
     legend = [element("span", element("i", class_=f"b{min(index, 6)}"), label) for index, label in enumerate(buckets)]
     drawing = svg.mass_bars([name for name, _ in masses], buckets, [each["shares"] for _, each in masses])
     rows = []
-    for name, each in masses:
+    for _, each in masses:
         pairs = zip(buckets, each["shares"], strict=True)
-        rows.append(row(name, [element("td", f"{share:.2%}", data_bucket=label) for label, share in pairs]))
+        rows.append(row(each["key"], [element("td", f"{share:.1%}", data_bucket=label) for label, share in pairs]))
     words = note(
         "Mean probability of the tokens that the teacher ranks first, second, and so on, over the validation tokens.",
         " Blue is the teacher’s head, orange the tail that it hardly believes in.",
@@ -38,18 +38,18 @@ def mass(comparison: Comparison, colours: Colours) -> list[Markup | None]:
 
 
 def _masses(comparison: Comparison) -> list[tuple[str, dict[str, Any]]]:
-    """Name -> labels and shares: the teacher, the student before, the mean over the seeds of each setting."""
-    voices = [(name, rows[:1]) for name, rows in references(comparison)]
+    """(name, its key, labels and shares): teacher, student before, the mean over the seeds of each setting."""
+    voices = [(name, name, rows[:1]) for name, rows in references(comparison)]
     for setting in comparison.settings:
         finished = [run.results["after"] for run in setting.runs if "after" in run.results]
-        voices.append((f"{setting.key} {setting.label}", finished))
+        voices.append((setting.key, f"{setting.key} {setting.label}", finished))
     found = []
-    for name, rows in voices:
+    for key, name, rows in voices:
         masses = [each["rank_mass"] for each in rows if each.get("rank_mass")]
         whose = "teacher" if name == "teacher" else "student"
         shares = [fmean(column) for column in zip(*(each[whose] for each in masses), strict=False)]
         if shares and all(map(math.isfinite, shares)):
-            found.append((name, {"labels": masses[0]["labels"], "shares": shares}))
+            found.append((name, {"key": key, "labels": masses[0]["labels"], "shares": shares}))
     return found
 
 
@@ -74,7 +74,7 @@ def plane(comparison: Comparison, colours: Colours, metric: str | None) -> list[
         f"Coloured by {measure.title} after training. " if means else "No setting has results yet. ",
         "A line to a point is the way of a schedule; – stands for a divergence outside the plane.",
     )
-    legend = _shade_legend(means, measure) if means else None
+    legend = _shade_legend(means, measure) if len(set(means.values())) > 1 else None
     return [words, element("div", drawing, element("div", legend, beside), class_="grid-2")]
 
 

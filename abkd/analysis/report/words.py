@@ -60,7 +60,7 @@ def number_words(form: str, value: float | None) -> str:
     if value is None:
         return "–"
     if math.isfinite(value):
-        return form.format(value)
+        return form.format(value).replace("-", "−")
     return "nan" if math.isnan(value) else "∞" if value > 0 else "−∞"
 
 
@@ -158,7 +158,9 @@ def facts(recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str
     data, training, rollouts = recipe["data"], recipe["training"], recipe.get("rollouts") or {}
     temperature = (recipe["objective"].get("calibration") or recipe["objective"]).get("temperature")
     versions = environment.get("versions")
-    versions = versions if isinstance(versions, Mapping) else {}
+    versions = dict(versions) if isinstance(versions, Mapping) else {}
+    if environment.get("python"):
+        versions = versions | {"Python": environment["python"]}
     made_by = ", ".join(f"{name} {version}" for name, version in versions.items())
     machine = (environment.get("platform"), environment.get("num_cpus") and f"{environment['num_cpus']} CPUs")
     found = {
@@ -168,7 +170,7 @@ def facts(recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str
         "Objective": objective_words(recipe),
         "Temperature": None if temperature is None else plain(temperature),
         "Data": str(data.get("train", "")),
-        "Validation": plain(data.get("validation") or data.get("test"))
+        "Test images" if "test" in data else "Validation": plain(data.get("validation") or data.get("test"))
         if "num_held_out" not in data
         else _held_out(data),
         "Rollouts": None if rollouts.get("kind", "fixed") == "fixed" else kind_words(rollouts),
@@ -180,7 +182,7 @@ def facts(recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str
         "Hardware": ", ".join(str(each) for each in machine if each),
         "Processes": environment.get("num_processes"),
         "Commit": environment.get("commit"),
-        "Versions": f"{made_by}, Python {environment.get('python')}" if made_by else None,
+        "Versions": made_by,
         "Started": str(environment.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
     }
     return {title: str(words) for title, words in found.items() if words not in (None, "")}
