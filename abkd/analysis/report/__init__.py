@@ -8,7 +8,8 @@ from string import Template
 from abkd.analysis.report import sections
 from abkd.analysis.report.markup import Markup, element, joined
 from abkd.analysis.report.results import results
-from abkd.analysis.report.runs import Comparison, Run, compare, read_runs
+from abkd.analysis.report.runs import Run, read_runs
+from abkd.analysis.report.settings import Comparison, compare
 from abkd.analysis.report.views import answers, mass, plane
 from abkd.analysis.report.words import MEASURES, model_words
 from abkd.errors import InputError

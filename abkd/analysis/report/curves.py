@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
 from typing import NamedTuple
 
-from abkd.analysis.report.runs import Run, number
+from abkd.analysis.report.runs import Run
 
 MOST_POINTS = 25
 """Of a curve: each point is the mean of as few consecutive lines as that takes, equally many in all of a panel."""
@@ -79,8 +78,8 @@ def _panel(key: str, runs: Sequence[Run]) -> Panel | None:
 
 def _finite(run: Run, key: str) -> list[tuple[int, float]]:
     """(step, value) of the lines where it is a finite number."""
-    points = [(record["step"], number(record, key)) for record in run.records if key in record]
-    return [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+    values = [(record["step"], record[key]) for record in run.records if key in record]
+    return [(step, value) for step, value in values if type(value) in (int, float) and math.isfinite(value)]
 
 
 def _curve(name: str, finite: Sequence[tuple[int, float]], size: int) -> Curve:
@@ -88,8 +87,8 @@ def _curve(name: str, finite: Sequence[tuple[int, float]], size: int) -> Curve:
     chunks = [finite[start : start + size] for start in range(0, len(finite), size)]
     return Curve(
         name,
-        tuple(fmean(step for step, _ in chunk) for chunk in chunks),
-        tuple(fmean(value for _, value in chunk) for chunk in chunks),
+        tuple(sum(step for step, _ in chunk) / len(chunk) for chunk in chunks),
+        tuple(sum(value for _, value in chunk) / len(chunk) for chunk in chunks),
         tuple(min(value for _, value in chunk) for chunk in chunks),
         tuple(max(value for _, value in chunk) for chunk in chunks),
     )

@@ -7,8 +7,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from abkd.analysis.report.markup import Markup, element, joined
-from abkd.analysis.report.runs import Comparison, Setting, number, references
+from abkd.analysis.report.runs import number
 from abkd.analysis.report.sections import Colours, chip, note, row, table
+from abkd.analysis.report.settings import Comparison, Setting, references
 from abkd.analysis.report.words import MEASURES, measure_of, number_words
 from abkd.analysis.spread import Spread, pooled
 
@@ -90,13 +91,13 @@ def _setting_rows(setting: Setting, colours: Colours, keys: Sequence[str], best:
 
 
 def _cell(key: str, measured: Sequence[Mapping[str, Any]], whose: str, is_best: bool = False) -> Markup:
-    """The mean; below it the sd over seeds, or the interval of a single figure."""
+    """The mean; below it the sd over seeds where they differ, or the interval of a single figure."""
     form = measure_of(key).form
     values = [value for each in measured if (value := number(each, key)) is not None]
     if not values:
         return element("td", "–")
     below = _interval(measured[0].get(f"{key}_interval"), form) if len(values) == 1 else None
-    if len(values) > 1:
+    if len(set(values)) > 1:
         fewer = f", n = {len(values)}" if len(values) < len(measured) else ""
         below = f"sd {number_words(form, _sd(values))}{fewer}"
     shown = number_words(form, fmean(values))

@@ -7,7 +7,8 @@ from typing import Any
 from abkd.analysis.report import svg
 from abkd.analysis.report.curves import Panel, panels
 from abkd.analysis.report.markup import Markup, element, joined
-from abkd.analysis.report.runs import Comparison, Cost, Run, Setting, cost
+from abkd.analysis.report.runs import Cost, Run, cost
+from abkd.analysis.report.settings import Comparison, Setting
 from abkd.analysis.report.words import facts, number_words
 from abkd.rundir import RECIPE, RunDir
 
@@ -136,7 +137,7 @@ def repeating(comparisons: Sequence[Comparison]) -> Markup | None:
             commands.insert(0, _command("Go on with it", RunDir(run.path).how_to_go_on))
         started = run.environment.get("command")
         if isinstance(started, list):
-            commands.append(_command("It was started by", shlex.join(map(str, started))))
+            commands.append(_command("Started by", shlex.join(map(str, started))))
         recipe = element("details", element("summary", RECIPE), element("pre", run.recipe_text))
         parts.append(element("article", title, commands, recipe, data_run=run.name))
     return section("repeat", "Repeat it", parts)

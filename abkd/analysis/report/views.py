@@ -9,8 +9,8 @@ from abkd.analysis.report import svg
 from abkd.analysis.report.markup import Markup, element, joined
 from abkd.analysis.report.plane import Spot, shade
 from abkd.analysis.report.plane import plane as draw_plane
-from abkd.analysis.report.runs import Comparison, Setting, references
 from abkd.analysis.report.sections import Colours, chip, note, row, table
+from abkd.analysis.report.settings import Comparison, Setting, references
 from abkd.analysis.report.words import CHOICE, NAMED, Measure, measure_of, number_words, path_in_plane
 
 MOST_ANSWERS = {"validation": 6, "set": 3}
