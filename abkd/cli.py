@@ -17,6 +17,7 @@ from abkd.config import LanguageRecipe, Recipe
 from abkd.errors import InputError
 from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.rundir import RECIPE, RunDir
+from abkd.tune import options as tune_options
 
 QUICK = (
     "data.max_train_rows=2",
@@ -120,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs, finished or not")
     report.add_argument("--output", metavar="FILE.html", type=Path, default=Path("report.html"))
     report.add_argument("--metric", help="what colours the plane, as forward_kl; else ROUGE-L, top-1 or agreement")
+    tune = add("tune", _tune, "search for the alpha and beta of a recipe, and say which points differ from the best")
+    tune.add_argument("recipe", help=_RECIPE_HELP)
+    tune_options.add_arguments(tune)
+    add_overrides(tune)
     recipes = add("recipes", _recipes, "list the shipped recipes, or print one")
     recipes.add_argument("name", nargs="?", help="print this recipe")
     advise = add(
@@ -273,6 +278,25 @@ def _generate(options: argparse.Namespace) -> int:
     how: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed, "vllm_memory": memory}
     write_answers(recipe, inputs, Path(options.output), sampling, **how, say=_say)
     return DONE
+
+
+def _tune(options: argparse.Namespace) -> int:
+    _one_process("tune")
+    recipe = read_recipe(options.recipe, options.overrides).model_copy(update={"resume": False})
+    search = tune_options.read_search(options, recipe)
+    from abkd.tune.folder import check_inputs, open_study
+
+    inputs = check_inputs(recipe)
+    with open_study(recipe, search, options.storage, options.study) as study:
+        _say("loading torch and transformers")
+        _quieten_libraries()
+        from abkd.tune.runs import Runs
+        from abkd.tune.search import tune
+
+        if tune(recipe, study, Runs(recipe, inputs, _say), _say, take_over=options.take_over):
+            return DONE
+    _say("stopped; the same command goes on")
+    return INTERRUPTED
 
 
 def _language_recipe(command: str, options: argparse.Namespace) -> LanguageRecipe:
