@@ -74,9 +74,10 @@ class Runs:
         try:
             results = distil(recipe, setup, copy.deepcopy(start), self._say_once, known)
         except InputError as error:
-            if str(error).startswith("the loss is "):  # what the recipe or the machine is to blame for names a field
-                raise Diverged(str(error)) from None
-            raise
+            if not str(error).startswith("the loss is "):  # what recipe or machine are to blame for names a field
+                raise
+            shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
+            raise Diverged(str(error)) from None
         gc.collect()  # the trainer and its student refer to each other
         if known is None and (measured := run_dir.read_json(BEFORE)):
             with locked(self.folder.path):

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from abkd.config import Recipe
 from abkd.errors import InputError
 from abkd.rundir import RunDir
+from abkd.tune.options import Search
 from abkd.tune.points import Point, at
 from abkd.tune.runs import Diverged
 from abkd.tune.study import Job, Study, Trial, locked
@@ -77,9 +78,9 @@ def _work_off(recipe: Recipe, study: Study, train: Train, say: Say) -> bool:
     waited_for: set[int] = set()
     while True:
         if (trial := study.take()) is not None:
-            if not _conduct(study, trial, train, say):
+            if not _conduct(study, trial, train):
                 return False
-            _keep_up(recipe, study)
+            _keep_up(recipe, study, trial.number, say)
             continue
         if not (others := study.running_elsewhere()):
             return True
@@ -92,7 +93,7 @@ def _work_off(recipe: Recipe, study: Study, train: Train, say: Say) -> bool:
         study.put_back_abandoned()
 
 
-def _conduct(study: Study, trial: Trial, train: Train, say: Say) -> bool:
+def _conduct(study: Study, trial: Trial, train: Train) -> bool:
     """Trains what the trial asks for and tells the study. False if it was interrupted; then the trial waits again."""
     started = time.monotonic()
     assert trial.point is not None
@@ -118,7 +119,6 @@ def _conduct(study: Study, trial: Trial, train: Train, say: Say) -> bool:
     except BaseException:  # a full disk, Ctrl-C, a defect: not the point's doing
         study.put_back(trial)
         raise
-    say(_progress(study, trial.number))
     return True
 
 
@@ -131,54 +131,52 @@ def _numbers(measured: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in measured.items() if type(value) in (int, float)}
 
 
-def _progress(study: Study, number: int) -> str:
-    trials, metric = study.trials(), study.search.metric
+def _progress(search: Search, trials: Sequence[Trial], number: int) -> str:
     trial = next(each for each in trials if each.number == number)
     num_done = sum(each.state not in ("waiting", "running") for each in trials)
     seed = "" if trial.seed is None else f" seed={trial.seed}"
     said = f"trial {number} ({num_done} of {len(trials)}): {trial.point}{seed}: "
     if trial.state == "failed":
         return f"{said}failed, {trial.noted['error']}"
-    said += f"{metric.name} {trial.value:.4f}, {trial.noted['seconds']:.0f} s"
+    said += f"{search.metric.name} {trial.value:.4f}, {trial.noted['seconds']:.0f} s"
     if trial.state == "pruned":
         return f"{said}, pruned after a short run"
-    found = conclude(study.search, trials)
+    found = conclude(search, trials)
     return said if found is None else f"{said}; best {fmean(found.values[found.best]):.4f} at {found.best}"
 
 
-def _keep_up(recipe: Recipe, study: Study) -> None:
-    """After a trial: tune.json, and no more students than may be wanted."""
-    trials, folder = study.trials(), RunDir(Path(recipe.run_dir))
+def _keep_up(recipe: Recipe, study: Study, number: int, say: Say) -> None:
+    """After a trial: a line, tune.json, and no more students than may be wanted."""
+    search, trials, folder = study.search, study.trials(), RunDir(Path(recipe.run_dir))
+    say(_progress(search, trials, number))
     with locked(folder.path):
-        folder.write_json(TUNE, as_json(study.search, trials))
-    _drop_students(study, folder, finalists(study.search, trials))
+        folder.write_json(TUNE, as_json(search, trials))
+    _drop_students(search, trials, folder, finalists(search, trials))
 
 
-def _drop_students(study: Study, folder: RunDir, kept: Iterable[Point]) -> None:
+def _drop_students(search: Search, trials: Sequence[Trial], folder: RunDir, kept: Sequence[Point]) -> None:
     """Of short runs, and of points not to be kept."""
-    if study.search.keep_students:
+    if search.keep_students:
         return
-    kept = set(kept)
-    over = [each for each in study.trials() if each.state in ("finished", "pruned")]
-    for trial in over:
-        for share in study.search.shares:
+    for trial in trials:
+        for share in search.shares if trial.state in ("finished", "pruned") else ():
             if share < 1 or trial.point not in kept:
                 shutil.rmtree(RunDir(folder.path / run_name(trial.number, share)).student, ignore_errors=True)
 
 
 def _close(recipe: Recipe, study: Study, say: Say) -> None:
     """tune.json, best.yaml, and the table."""
-    trials, folder = study.trials(), RunDir(Path(recipe.run_dir))
-    found = conclude(study.search, trials)
+    search, trials, folder = study.search, study.trials(), RunDir(Path(recipe.run_dir))
+    found = conclude(search, trials)
     if found is None:
         errors = [each.noted["error"] for each in trials if each.state == "failed"]
         raise InputError(f"tune: no training came to an end, the first for: {errors[0]}")
     best = at(recipe, found.best, run_dir=folder.path / "best")
     with locked(folder.path):
-        folder.write_json(TUNE, as_json(study.search, trials))
-        header = f"# {found.best}, by {study.search.metric.name}\n"
+        folder.write_json(TUNE, as_json(search, trials))
+        header = f"# {found.best}, by {search.metric.name}\n"
         (folder.path / BEST).write_text(header + best.to_yaml(), encoding="utf-8")
-    _drop_students(study, folder, [found.best])
-    for line in lines(study.search, trials):
+    _drop_students(search, trials, folder, [found.best])
+    for line in lines(search, trials):
         say(line)
     say(f"the figures are in {folder.path / TUNE}; train at the recommended point by: abkd train {folder.path / BEST}")

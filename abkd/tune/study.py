@@ -6,7 +6,7 @@ import platform
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,19 +157,20 @@ class Study:
     def take(self) -> Trial | None:
         """The next trial that waits, from now on this process's; None where none does."""
         with locked(self.folder):
-            while waiting := [each for each in self._queued() if each.state == TrialState.WAITING]:
-                self._study.sampler = self._sampler(waiting[0].number)
+            while waiting := next((each for each in self._queued() if each.state == TrialState.WAITING), None):
+                self._study.sampler = self._sampler(waiting.number)
                 trial = self._study.ask()
-                key = trial.user_attrs.get("key")
-                same = [each.number for each in self._queued() if each.user_attrs["key"] == key]
-                if key is None or min(same) < trial.number:  # a machine without this lock was faster, or queued it too
+                queued = {each.number: each for each in self._queued()}
+                if trial.number not in queued or _is_repeated(queued[trial.number], queued.values()):
+                    # a machine without this lock took the last one, or queued the same at the same moment
                     trial.set_user_attr("passed_over", True)
                     self._study.tell(trial, state=TrialState.FAIL)
                     continue
-                trial.set_user_attr("owner", _owner())
-                trial.set_user_attr("point", self._draw(trial))
+                owner, point = _owner(), self._draw(trial)
+                trial.set_user_attr("owner", owner)
+                trial.set_user_attr("point", point)
                 self._taken[trial.number] = trial
-                return next(each for each in self.trials() if each.number == trial.number)
+                return replace(self._read(queued[trial.number]), point=point, noted={"owner": owner})
         return None
 
     def _params(self, point: Point) -> dict[str, float]:
@@ -229,6 +230,12 @@ class Study:
     def fail(self, trial: Trial, error: str) -> None:
         self.note(trial, error=error)
         self._study.tell(self._taken.pop(trial.number), state=TrialState.FAIL)
+
+
+def _is_repeated(trial: FrozenTrial, queued: Iterable[FrozenTrial]) -> bool:
+    """Whether an earlier trial is of the same job."""
+    same = [each.number for each in queued if each.user_attrs["key"] == trial.user_attrs["key"]]
+    return min(same) < trial.number
 
 
 @contextmanager

@@ -11,6 +11,9 @@ from abkd.tune.points import Point
 from abkd.tune.spread import Spread, pooled
 from abkd.tune.study import Trial
 
+NUM_SHOWN = 20
+"""Points in the table of a terminal."""
+
 
 @dataclass(frozen=True)
 class Conclusion:
@@ -68,8 +71,8 @@ def conclude(search: Search, trials: Sequence[Trial]) -> Conclusion | None:
     spread = pooled(list(repeated.values()))
 
     def is_worse(point: Point) -> bool:
-        ours, theirs = values[best], values[point]
-        return spread is not None and search.metric.is_better(fmean(ours), fmean(theirs)) and spread.differ(ours, theirs)
+        is_behind = search.metric.is_better(fmean(values[best]), fmean(values[point]))
+        return spread is not None and is_behind and spread.differ(values[best], values[point])
 
     return Conclusion(values, spread, best, [point for point in values if not is_worse(point)])
 
@@ -145,7 +148,8 @@ def _point_row(found: Conclusion, point: Point) -> dict[str, Any]:
 
 def _trial_row(trial: Trial) -> dict[str, Any]:
     point = trial.point._asdict() if trial.point else {}
-    noted = {key: value for key, value in trial.noted.items() if key != "key"}
+    noted = {key: value for key, value in trial.noted.items() if key not in ("key", "owner")}
+    noted |= {"host": owner["host"]} if (owner := trial.noted.get("owner")) else {}
     row = {"trial": trial.number, "state": trial.state, "seed": trial.seed, **point, "value": trial.value}
     return row | {"short": {f"{share:.4g}": value for share, value in trial.short.items()}} | noted
 
@@ -158,13 +162,14 @@ def lines(search: Search, trials: Sequence[Trial]) -> list[str]:
     metric = search.metric
     better = "higher" if metric.greater_is_better else "lower"
     shown = [f"{'alpha':>8} {'beta':>8} {'rate' if search.rates else '':>8} {metric.name} ({better} is better)"]
-    for point in sorted(found.values, key=lambda each: each != found.best):
+    for point in sorted(found.values, key=lambda each: each != found.best)[:NUM_SHOWN]:
         row = _point_row(found, point)
         rate = "" if point.learning_rate is None else f"{point.learning_rate:g}"
         spread = f" ± {row['sd']:.4f} ({row['num_trainings']} seeds)" if row["sd"] is not None else ""
         verdict = "recommended" if point == found.best else "not told apart" if row["is_alike"] else "worse"
         told = verdict if found.spread or point == found.best else ""
         shown.append(f"{point.alpha:8g} {point.beta:8g} {rate:>8} {row['mean']:.4f}{spread}  {told}".rstrip())
+    shown += [f"... and {len(found.values) - NUM_SHOWN} more"] if len(found.values) > NUM_SHOWN else []
     stopped = [f"{each.point}: {_stopped(search, each)}" for each in trials if each.state in ("pruned", "failed")]
     return [*shown, *stopped, *_meaning(search, found)]
 
