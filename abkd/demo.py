@@ -8,6 +8,7 @@ from typing import Any
 
 from abkd.analysis.mass import RankMass
 from abkd.analysis.plots import draw_comparison
+from abkd.analysis.report import REPORT, report_after
 from abkd.analysis.table import print_table
 from abkd.config import LanguageRecipe
 from abkd.inputs import Inputs
@@ -66,6 +67,8 @@ def _report(recipe: LanguageRecipe, validation, measured: dict[str, Any], result
     say("")
     print_table(rows)
     folder = Path(recipe.run_dir)
+    runs = [folder / divergence["kind"] for divergence in DIVERGENCES.values()]
+    report_after(runs, folder / REPORT, say)
     figure = folder / "comparison.png"
     masses = {"before": RankMass(**measured["before"]["rank_mass"])}
     masses |= {name: RankMass(**result["after"]["rank_mass"]) for name, result in results.items()}

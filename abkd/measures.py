@@ -54,6 +54,7 @@ def measure(
     }
     asked = setup.validation[: recipe.evaluation.num_generated]
     if asked:
+        result["questions"] = [example.question for example in asked]
         result["answers"] = answer(recipe, setup, model)
         references = [example.references or [example.completion] for example in asked]
         result["rouge_l"] = fmean(rouge_l(result["answers"], references))

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from abkd.analysis.report import REPORT, report_after
 from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, ValidateLast, Watch, quiet
 from abkd.card import CARD
 from abkd.config import Recipe
@@ -94,6 +95,7 @@ def distil(
         "training_s": None if recipe.resume else round(seconds, 1),
     }
     on_first(lambda: _close(recipe, run_dir, results))
+    on_first(lambda: report_after([run_dir.path], run_dir.path / REPORT, say))
     return results
 
 

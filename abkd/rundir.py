@@ -30,6 +30,7 @@ class RunDir:
     student/          the trained student in Hugging Face format, with tokenizer and model card
     evaluation/       answers to the evaluation sets, by model, set and seed
     results.json      the before/after table
+    report.html       all of it as one page
     """
 
     def __init__(self, path: Path):

@@ -153,8 +153,8 @@ class _Watch:
 
 
 def _abkd(recipe, setup, student, folder):
-    from abkd.tasks.language import make_trainer
     from abkd.rundir import RunDir
+    from abkd.tasks.language import make_trainer
 
     (folder / "run").mkdir()
     return make_trainer(recipe, setup, student, RunDir(folder / "run"))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from abkd.analysis.spread import Spread, pooled
 from abkd.tune.options import Search
 from abkd.tune.points import Point
-from abkd.tune.spread import Spread, pooled
 from abkd.tune.study import Trial
 
 NUM_SHOWN = 20
