@@ -293,10 +293,24 @@ def _tune(options: argparse.Namespace) -> int:
         from abkd.tune.runs import Runs
         from abkd.tune.search import tune
 
-        if tune(recipe, study, Runs(recipe, inputs, _say), _say, take_over=options.take_over):
-            return DONE
-    _say("stopped; the same command goes on")
-    return INTERRUPTED
+        finished = tune(recipe, study, Runs(recipe, inputs, _say), _say, take_over=options.take_over)
+    if not finished:
+        _say("stopped; the same command goes on")
+        return INTERRUPTED
+    _picture_search(Path(recipe.run_dir))
+    return DONE
+
+
+def _picture_search(folder: Path) -> None:
+    """The report over all trials, and the surface over (alpha, beta)."""
+    from abkd.analysis.report import REPORT, report_after
+    from abkd.run_figures import make_figures
+    from abkd.tune.search import TUNE
+
+    trials = sorted(run for run in (folder / "trials").iterdir() if (run / RECIPE).exists())
+    report_after(trials, folder / REPORT, _say)
+    make_figures(folder / "figures", trials=folder / TUNE)
+    _say(f"the surface over (alpha, beta) is in {folder / 'figures'}")
 
 
 def _language_recipe(command: str, options: argparse.Namespace) -> LanguageRecipe:
