@@ -21,6 +21,9 @@ MEASURES = {
 IMAGE_MEASURES = {
     "top1": "top-1",
     "top5": "top-5",
+    "base_accuracy": "base",
+    "new_accuracy": "new",
+    "harmonic_mean": "harmonic mean",
     "agreement": "agreement",
     "cross_entropy": "cross-entropy",
     "forward_kl": "forward KL",
@@ -48,7 +51,9 @@ def image_card(recipe: ImageRecipe, results: dict[str, Any]) -> str:
         f"On {after['num_images']:,} test images; the student is that of {selected[recipe.training.select_on]}. "
         "Accuracies and agreement\nare shares, divergences from the teacher and cross-entropy nats per image."
     )
-    data = f"on the images of `{recipe.data.train}` for {results['num_steps']:,} steps."
+    if recipe.data.clip_set:
+        intro += " Base and new: the images of\nbase classes among base classes, those of new classes among new ones."
+    data = f"on the images of `{recipe.data.clip_set or recipe.data.train}` for {results['num_steps']:,} steps."
     start = getattr(recipe.student, "name", "") or recipe.student.path
     objective = results["calibration"] if recipe.objective.calibration else results["divergence"]
     teacher = recipe.teacher and (recipe.teacher.path or getattr(recipe.teacher, "name", ""))

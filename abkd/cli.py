@@ -323,6 +323,8 @@ def _language_recipe(command: str, options: argparse.Namespace) -> LanguageRecip
 def _as_student(task: str, section: dict[str, Any], path: str) -> dict[str, Any]:
     """The student's section for a trained one at `path`: a model, or an adapter for the model of `section`."""
     if task == "image_classification":
+        if section["kind"] == "clip":
+            return section | {"prompts": path}
         return section | {"path": path, "new_head": False} | ({"pretrained": False} if "pretrained" in section else {})
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
         return {"kind": "pretrained", "path": section.get("path", path), "adapter": path}

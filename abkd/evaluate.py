@@ -47,7 +47,9 @@ def evaluate(targets: Mapping[str, Target], inputs: Any, say: Say) -> dict[str, 
 
 
 def _measure(target: Target, recipe: Recipe, setup: Any, name: str, say: Say) -> dict[str, Any]:
-    say(f"measuring {target.recipe.student.path if name == 'after' else 'the student before training'}")
+    student = target.recipe.student
+    trained = getattr(student, "prompts", "") or student.path  # of CLIP the path is not what was trained
+    say(f"measuring {trained if name == 'after' else 'the student before training'}")
     task = task_of(recipe)
     return task.measure(target.recipe, setup, task.make_student(recipe, setup, say), _keep(target, name))
 

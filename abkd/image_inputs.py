@@ -1,14 +1,34 @@
 """What an image classifier's recipe names, found, read and checked before torch is imported."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from abkd import config
-from abkd.config.images import CIFAR_100_MEAN, CIFAR_100_STD, ImageModel
-from abkd.data.image_files import read_images
-from abkd.data.labelled_images import LabelledImages, check_same_classes, keep_labels, split_off, take_per_class
+from abkd.config.image_models import (
+    CIFAR_100_MEAN,
+    CIFAR_100_STD,
+    CLIPSection,
+    CLIPStudent,
+    CLIPTeacher,
+    ImageModel,
+)
+from abkd.data.clip_sets import base_and_new, read_split
+from abkd.data.image_files import list_images, read_images
+from abkd.data.labelled_images import (
+    ImageFiles,
+    LabelledImages,
+    check_same_classes,
+    keep_labels,
+    split_off,
+    take_at_most,
+    take_per_class,
+)
+from abkd.errors import InputError
 from abkd.models.classifiers import find_classifier
+from abkd.models.pretrained import find_model
+from abkd.paths import find_path
 
 
 class ImageInputs(NamedTuple):
@@ -34,14 +54,21 @@ class ImageInputs(NamedTuple):
 
 
 def check_image_inputs(recipe: config.ImageRecipe) -> ImageInputs:
-    """Reads every image, and looks at what there is of every model.
+    """Reads every image, or finds those that are decoded later, and looks at what there is of every model.
 
     Raises:
         InputError: something is missing, malformed or does not go together.
     """
     sections = {"teacher": recipe.teacher, "student": recipe.student}
     models = [_describe(section, field) for field, section in sections.items() if section is not None]
-    data = recipe.data
+    read = _of_clip_set if recipe.data.clip_set else _of_classes
+    train, is_labelled, validation, test = read(recipe.data)
+    _check_batches(recipe, len(train))
+    return ImageInputs(train, is_labelled, validation, test, models)
+
+
+def _of_classes(data: Any) -> tuple[LabelledImages, np.ndarray, LabelledImages | None, LabelledImages]:
+    """(to train on, whether each keeps its label, to validate with, to test with)"""
     how: dict[str, Any] = {
         "subset": data.subset,
         "image_column": data.image_column,
@@ -49,8 +76,12 @@ def check_image_inputs(recipe: config.ImageRecipe) -> ImageInputs:
         "size": data.image_size or None,
         "on_corrupt": data.on_corrupt,
     }
-    train = read_images(data.train, "data.train", split=data.split, **how)
-    test = read_images(data.test or data.train, "data.test", split=data.test_split, **how)
+    if data.in_memory:
+        train = read_images(data.train, "data.train", split=data.split, **how)
+        test = read_images(data.test or data.train, "data.test", split=data.test_split, **how)
+    else:
+        train = _listed(data.train, "data.train", data.split, data.image_size)
+        test = _listed(data.test or data.train, "data.test", data.test_split, data.image_size)
     check_same_classes(train, test, "data.test")
     validation = None
     if data.num_validation:
@@ -60,7 +91,50 @@ def check_image_inputs(recipe: config.ImageRecipe) -> ImageInputs:
     is_labelled = np.ones(len(train), dtype=bool)
     if data.num_labelled_per_class:
         is_labelled = keep_labels(train, data.num_labelled_per_class, seed=0)
-    return ImageInputs(train, is_labelled, validation, test, models)
+    return train, is_labelled, validation, test
+
+
+def _listed(path: str, field: str, split: str, size: int) -> ImageFiles:
+    files, labels, classes = list_images(path, field, split=split)
+    return ImageFiles(np.array(files, dtype=object), labels, classes, origin=str(files[0].parent.parent), size=size)
+
+
+def _of_clip_set(data: Any) -> tuple[LabelledImages, np.ndarray, None, LabelledImages]:
+    """As `_of_classes`; of a teacher few images of the base classes, of a student all images without labels."""
+    split = read_split(data.train, data.clip_set, "data.train")
+    train: LabelledImages
+    train, test = (_files(rows, split.class_names, data.image_size) for rows in (split.train, split.test))
+    base, new = base_and_new(len(split.class_names))
+    for name, part in (("base", base), ("new", new)):
+        if not np.isin(test.labels, part).any():
+            raise InputError(f"data.clip_set={data.clip_set}: no test image is of a {name} class; copy the split again")
+    if data.labels == "base":
+        train = train.at(np.flatnonzero(np.isin(train.labels, base)))
+        train = take_at_most(train, data.num_per_class, seed=0) if data.num_per_class else train
+    if not len(train):
+        raise InputError(f"data.clip_set={data.clip_set}: there is no image to train on; copy the split again")
+    return train, np.full(len(train), data.labels == "base"), None, test
+
+
+def _files(rows: Sequence[tuple[str, int]], classes: tuple[str, ...], size: int) -> ImageFiles:
+    paths, labels = np.empty(len(rows), dtype=object), np.array([label for _, label in rows], dtype=np.int64)
+    paths[:] = [path for path, _ in rows]
+    return ImageFiles(paths, labels, classes, size=size)
+
+
+def _check_batches(recipe: config.ImageRecipe, num_images: int) -> None:
+    options = recipe.training
+    if options.drop_last and num_images < options.batch_size:
+        raise InputError(
+            f"training.batch_size={options.batch_size}: the {num_images} training images make no full batch, and "
+            "training.drop_last=true leaves out others; lower it"
+        )
+    last = 0 if options.drop_last else num_images % options.batch_size
+    if isinstance(recipe.student, CLIPStudent) and recipe.teacher and 1 in (last, options.batch_size):
+        raise InputError(
+            f"training.batch_size={options.batch_size}: {num_images} images leave a batch of 1, whose projection has "
+            "no batch statistics; set another, or training.drop_last=true"
+        )
 
 
 def classifier_arguments(section: ImageModel, field: str) -> dict[str, Any]:
@@ -74,7 +148,14 @@ def classifier_arguments(section: ImageModel, field: str) -> dict[str, Any]:
     return given | {"section": field}
 
 
-def _describe(section: ImageModel, field: str) -> str:
+def _describe(section: ImageModel | CLIPSection, field: str) -> str:
+    if isinstance(section, CLIPStudent | CLIPTeacher):
+        found = find_model(section.path, f"{field}.path")
+        if section.prompts and not find_path(section.prompts, f"{field}.prompts").exists():
+            raise InputError(f"{field}.prompts: there is no {section.prompts!r}; give a run's folder student")
+        prompts = section.prompts or ("zero-shot" if field == "teacher" else "new prompts")
+        return f"{field}: clip, {section.path} ({found if found else 'from the model hub'}), {prompts}"
+    assert not isinstance(section, CLIPSection)
     given = classifier_arguments(section, field)
     source = given.get("path") or ("timm's own weights" if given.get("pretrained") else "random weights")
     return f"{field}: {given.get('name', given['kind'])}, {source}"

@@ -61,9 +61,10 @@ def _compose(names: typing.Iterable[str], folder: Path, extended_by: tuple[Path,
 
 def _find(name: str, folder: Path) -> Path:
     """The file of a shipped recipe, or the one at a path relative to `folder`."""
-    names = recipe_names()
-    file = RECIPES / f"{name}.yaml" if name in names else folder / Path(name).expanduser()
+    own = RECIPES / f"{name}.yaml"
+    file = own if own.is_file() and ".." not in name else folder / Path(name).expanduser()
     if not file.is_file():
+        names = recipe_names()
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         shipped = ", ".join(name for name in names if "/" not in name)

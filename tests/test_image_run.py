@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from abkd import cli
@@ -186,6 +187,20 @@ def test_images_without_labels_count_for_the_divergence_alone(teacher, data, tmp
     assert not any("mass_into_target" in line for line in few) and all("mass_moved" in line for line in few)
 
 
+def test_images_out_of_memory_train_as_those_in_memory(teacher, data, tmp_path):
+    for split, seed in (("train", 0), ("test", 1)):
+        for number, (image, label) in enumerate(zip(*make_images(12, seed), strict=True)):
+            folder = tmp_path / "files" / split / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number:02}.png")
+    recipe = write_image_recipe(tmp_path, data, teacher)
+    options = [f"data.train={tmp_path}/files", "data.test=", f"data.image_size={SIZE}"]
+    for in_memory in ("true", "false"):
+        run = [f"run_dir={tmp_path}/{in_memory}", f"data.in_memory={in_memory}"]
+        assert cli.main(["train", str(recipe), *options, *run]) == cli.DONE
+    assert results_of(tmp_path / "true")["after"] == results_of(tmp_path / "false")["after"]
+
+
 def test_check_says_what_would_be_trained(teacher, data, tmp_path, capsys):
     recipe = write_image_recipe(tmp_path, data, teacher)
     assert cli.main(["check", str(recipe)]) == cli.DONE
@@ -205,6 +220,8 @@ def test_check_says_what_would_be_trained(teacher, data, tmp_path, capsys):
         ("training.select_on=validation", "select_on=validation chooses between validations"),
         ("objective.calibration.kind=dkd", "both are; drop one with objective.divergence=null"),
         ("training.milestones=[3, 2]", "milestones"),
+        ("data.in_memory=false", "in_memory=false decodes images batch by batch, to one size; set data.image_size"),
+        ("data.labels=base", "labels=base is for a clip_set; set data.clip_set, or leave it out"),
         ("student.kind=resnet", "student.kind: 'resnet' is unknown; use one of 'cifar', 'pretrained', 'timm'"),
     ],
 )

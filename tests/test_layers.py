@@ -15,7 +15,8 @@ FLOORS = {
     "diagnostics": 0, "callbacks": 4,
     "log": 4, "trainer": 5,
     "image_inputs": 6, "inputs": 7, "parts": 6, "card": 6, "fit": 7, "setup": 8, "measures": 9, "answers": 9,
-    "run_figures": 6, "explore": 5, "tasks": 10, "advise": 11, "own_rows": 11, "evaluate": 11, "run": 11,
+    "run_figures": 6, "explore": 5, "tasks": 10, "base_to_new": 10, "advise": 11, "own_rows": 11,
+    "evaluate": 11, "run": 11,
     "tune": 12, "demo": 12, "cli": 13, "__main__": 14,
 }  # fmt: skip
 ONLY_IN = {
@@ -24,6 +25,7 @@ ONLY_IN = {
     "peft": {"models/adapters.py"},
     "pydantic": {
         "config/fields.py",
+        "config/image_models.py",
         "config/images.py",
         "config/language.py",
         "config/objective.py",
@@ -40,6 +42,7 @@ TORCH_FREE = [
     "ranges.py",
     "config/__init__.py",
     "config/fields.py",
+    "config/image_models.py",
     "config/images.py",
     "config/language.py",
     "config/objective.py",

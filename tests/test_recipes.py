@@ -16,8 +16,10 @@ from abkd.models.cifar import CIFAR_MODELS
 from abkd.recipe import RECIPES, read_recipe, recipe_names
 
 WHOLE = [name for name in recipe_names() if "/" not in name and name != "demo"]
-IMAGES = [name for name in WHOLE if read_recipe(name).task == "image_classification"]
-NAMES = [name for name in WHOLE if name not in IMAGES]
+TASK = {name: read_recipe(name).task for name in WHOLE}
+IMAGES = [name for name in WHOLE if TASK[name] == "image_classification" and not name.startswith("clip_")]
+"""Those of CLIP run in test_clip_run.py."""
+NAMES = [name for name in WHOLE if TASK[name] == "language_model"]
 PIECES = {
     folder: [name for name in recipe_names() if name.startswith(f"{folder}/")] for folder in ("losses", "strategies")
 }

@@ -27,11 +27,13 @@ IMAGE_COLUMNS = {
     "calibration_error": ("ECE", "{:.3f}"),
     "num_parameters": ("parameters", "{:,}"),
 }
+BASE_TO_NEW = {"base_accuracy": "base", "new_accuracy": "new", "harmonic_mean": "harmonic mean"}
 MIN_WIDTH = 110
 IMAGE_TITLE = """Test images. Agreement: images where student and teacher prefer the same class. Cross-entropy with the
 labels, divergence from the teacher and entropy: nats per image. ECE: expected calibration error."""
 TITLE = """Validation. Divergences from the teacher and next-token loss on the data: nats per token, lower is better.
 Agreement: tokens where student and teacher prefer the same one."""
+BASE_TO_NEW_TITLE = "Accuracy on base classes among themselves,\non new ones among themselves"
 SETS_TITLE = """Evaluation sets: mean over prompts and sampling seeds, (standard deviation over seeds), 95 % bootstrap
 interval over the prompts. ROUGE-L or exact match, 0 to 100; Self-BLEU: how alike the answers are.
 Entropy: of the model's rows on the validation completions, nats per token."""
@@ -55,8 +57,20 @@ def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
         table.add_row(name, *(columns[key][1].format(row[key]) if key in row else "" for key in shown))
     console = Console(width=max(Console().width, MIN_WIDTH))
     console.print(table)
+    if any("harmonic_mean" in row for row in rows.values()):
+        console.print(_base_to_new_table(rows))
     if any("sets" in row for row in rows.values()):
         console.print(_sets_table(rows))
+
+
+def _base_to_new_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title=BASE_TO_NEW_TITLE, title_justify="left")
+    table.add_column("", overflow="fold", min_width=8)
+    for name in BASE_TO_NEW.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    for model, row in rows.items():
+        table.add_row(model, *("" if row.get(key) is None else f"{row[key]:.2%}" for key in BASE_TO_NEW))
+    return table
 
 
 def _sets_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:

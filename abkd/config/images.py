@@ -5,78 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from abkd.config.fields import Count, CountOrZero, NonNegative, Positive, Recipe, Section
+from abkd.config.image_models import ImageStudent, ImageTeacher
 from abkd.config.objective import Objective
 from abkd.config.training import Training
-
-Channels = tuple[float, float, float]
-CIFAR_100_MEAN, CIFAR_100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-
-
-class ClassifierSection(Section):
-    """What networks of all kinds have."""
-
-    mean: Channels | None = None
-    """Of red, green and blue in 0 to 1, subtracted from the images. None is what the model's folder says, or for cifar
-    that of CIFAR-100's training images."""
-    std: Channels | None = None
-    """Divides the images after that; likewise."""
-    size: CountOrZero = 0
-    """Images are resized to size x size for this model; 0 takes what its folder says, or them as they are."""
-    new_head: bool = False
-    """Where the weights at path have other classes than the data, start from a new last layer; refused otherwise."""
-
-
-class CifarNetwork(ClassifierSection):
-    """A network for small images, of `abkd.models.cifar`."""
-
-    kind: Literal["cifar"]
-    name: str = ""
-    """As resnet20, wrn_40_2, vgg8. Empty where path is a student's folder, which says it."""
-    path: str = ""
-    """Its weights: a student's folder or a state dict (.pth, .pt, .th, .safetensors). Empty starts from random ones,
-    of training.seed."""
-
-
-class PretrainedClassifier(ClassifierSection):
-    """An image classifier of transformers."""
-
-    kind: Literal["pretrained"]
-    path: str = Field(min_length=1)
-    """A folder, or a hub id."""
-
-
-class TimmNetwork(ClassifierSection):
-    """A model of timm, which must be installed."""
-
-    kind: Literal["timm"]
-    name: str = ""
-    """As timm lists it. Empty where path is a student's folder."""
-    path: str = ""
-    """As for cifar."""
-    pretrained: bool = False
-    """Download timm's own weights."""
-
-
-class _Remembering(Section):
-    remember: bool = False
-    """Keep the teacher's logits of every augmented image in main memory: for several students on one data set, as in a
-    search."""
-
-
-class CifarTeacher(CifarNetwork, _Remembering):
-    """As a student, with its weights."""
-
-
-class PretrainedTeacher(PretrainedClassifier, _Remembering):
-    """As a student."""
-
-
-class TimmTeacher(TimmNetwork, _Remembering):
-    """As a student, with its weights."""
-
-
-ImageTeacher = Annotated[CifarTeacher | PretrainedTeacher | TimmTeacher, Field(discriminator="kind")]
-ImageModel = Annotated[CifarNetwork | PretrainedClassifier | TimmNetwork, Field(discriminator="kind")]
 
 
 class Augmentation(Section):
@@ -102,6 +33,12 @@ class ImageData(Section):
     train: str = Field(min_length=1)
     """Images: the folder of CIFAR's python version, a folder CLASS/IMAGE or SPLIT/CLASS/IMAGE, mosaics, Parquet, .npz,
     or the hub id owner/name of a data set. docs/images.md has them all."""
+    clip_set: str = ""
+    """One of the eleven sets of base-to-new distillation, as Caltech101 (docs/clip.md); then train is the folder of all
+    sets, and images are always decoded batch by batch. Base and new classes are measured apart."""
+    labels: Literal["none", "base"] = "none"
+    """Of clip_set: none trains on images of all classes without their labels, as students do; base on those of the base
+    classes with their labels, as teachers do."""
     split: str = "train"
     test: str = ""
     """Likewise; empty is that of train."""
@@ -120,12 +57,30 @@ class ImageData(Section):
     """Training images set aside, as many of each class, always the same ones: what training.select_on=validation goes
     by."""
     num_per_class: CountOrZero = 0
-    """Train on so many images of each class; 0 for all."""
+    """Train on so many images of each class; 0 for all. Of clip_set on at most so many."""
     num_labelled_per_class: CountOrZero = 0
     """So many training images of each class keep their label, the others count for the divergence alone; 0 for all."""
     on_corrupt: Literal["refuse", "skip"] = "refuse"
     """Skipped ones are counted."""
     augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _decoded_to_one_size(self):
+        if (self.clip_set or not self.in_memory) and not self.image_size:
+            what = f"clip_set={self.clip_set}" if self.clip_set else "in_memory=false"
+            raise ValueError(f"{what} decodes images batch by batch, to one size; set data.image_size, as 224")
+        if not self.clip_set and self.labels == "base":
+            raise ValueError("labels=base is for a clip_set; set data.clip_set, or leave it out")
+        without = ["on_corrupt"] if not self.in_memory else []
+        if self.clip_set:
+            without = ["test", "subset", "image_column", "label_column", "on_corrupt", "in_memory", "num_validation"]
+            without += ["split", "test_split", "num_labelled_per_class"]
+            without += ["num_per_class"] if self.labels == "none" else []
+        for name in without:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                what = f"clip_set={self.clip_set} with labels={self.labels}" if self.clip_set else "in_memory=false"
+                raise ValueError(f"{name}={value!r} is not for {what}; leave it out")
+        return self
 
 
 class ImageTraining(Training):
@@ -142,6 +97,8 @@ class ImageTraining(Training):
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.1
     warmup_epochs: NonNegative = 0.0
     """Over which the rate rises linearly from 0."""
+    drop_last: bool = False
+    """Leave out a last batch that is not full: batch norm cannot be trained on a single image."""
     max_grad_norm: NonNegative = 0.0
     """0 does not clip."""
     engine: Literal["ddp"] = "ddp"
@@ -225,7 +182,7 @@ class ImageRecipe(Recipe):
     task: Literal["image_classification"]
     teacher: ImageTeacher | None = None
     """None trains on the labels alone: a teacher, or a baseline."""
-    student: ImageModel
+    student: ImageStudent
     data: ImageData
     objective: ImageObjective
     training: ImageTraining
@@ -246,6 +203,34 @@ class ImageRecipe(Recipe):
     def _validation_images_to_select_on(self):
         if self.training.select_on == "validation" and not self.data.num_validation:
             raise ValueError("training.select_on=validation needs images set aside; set data.num_validation above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _clip_where_it_can_be(self):
+        if self.student.kind == "clip" and self.teacher and self.teacher.kind != "clip":
+            raise ValueError(
+                f"student.kind=clip takes the text features of its teacher, and teacher.kind={self.teacher.kind} has "
+                "none; set teacher.kind=clip"
+            )
+        if self.objective.features and "clip" in (self.student.kind, self.teacher and self.teacher.kind):
+            raise ValueError("objective.features are of networks with maps, not of kind=clip; set it to []")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_of_a_clip_set(self):
+        calibration = self.objective.calibration
+        if not self.data.clip_set or self.data.labels == "base":
+            return self
+        if self.objective.ce_weight > 0:
+            raise ValueError(
+                f"objective.ce_weight={self.objective.ce_weight:g} needs labels, and data.labels=none trains without; "
+                "set it to 0, or to train on the base classes data.labels=base"
+            )
+        if calibration is not None and calibration.kind == "dkd":
+            raise ValueError(
+                "objective.calibration.kind=dkd needs the label of every image, and data.labels=none trains without; "
+                "take another calibration, or data.labels=base"
+            )
         return self
 
     @model_validator(mode="after")

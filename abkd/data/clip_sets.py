@@ -4,6 +4,7 @@ Source of templates, folders and splits: Zhou et al., "Learning to prompt for vi
     its repository CoOp; of alpha, beta and the counts: the ABKD paper, Tables 5 and 6.
 """
 
+import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -110,7 +111,9 @@ def read_split(root: str | Path, name: str, field: str = "data.root") -> Split:
         InputError: there is no such set; a file or an image is missing, torn or of another form.
     """
     if name not in CLIP_SETS:
-        raise InputError(f"data.name={name!r}: there is no such set; use one of {', '.join(CLIP_SETS)}")
+        near = difflib.get_close_matches(name.lower(), [each.lower() for each in CLIP_SETS], n=1)
+        hint = "".join(f"did you mean {each}? " for each in CLIP_SETS if each.lower() in near)
+        raise InputError(f"data.clip_set={name!r}: there is no such set; {hint}use one of {', '.join(CLIP_SETS)}")
     chosen = CLIP_SETS[name]
     folder = find_path(str(root), field) / chosen.folder
     _need(folder / chosen.images, Path.is_dir, name, field)

@@ -36,6 +36,14 @@ class LabelledImages:
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
+@dataclass(frozen=True, eq=False)
+class ImageFiles(LabelledImages):
+    """The same of files that are read when a batch asks for them: `images` holds their paths, an array of `[N]`."""
+
+    size: int = 0
+    """Images become `size` x `size` pixels."""
+
+
 class Source(NamedTuple):
     """What the reader of a format gives."""
 
@@ -101,6 +109,11 @@ def split_off(train: LabelledImages, num: int, field: str) -> tuple[LabelledImag
     held_out = _drawn(train.labels, per_class, seed=0)
     rest = np.setdiff1d(np.arange(len(train)), held_out)
     return train.at(rest), train.at(held_out)
+
+
+def take_at_most(images: LabelledImages, num_per_class: int, seed: int) -> LabelledImages:
+    """As `take_per_class`, and all of a class that has fewer, as the few shots of CoOp."""
+    return images.at(_drawn(images.labels, [num_per_class] * len(images.classes), seed))
 
 
 def take_per_class(images: LabelledImages, num_per_class: int, seed: int) -> LabelledImages:

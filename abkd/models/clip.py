@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CLIPConfig, CLIPModel
 
 from abkd.errors import InputError
-from abkd.models.clip_files import Prompts, check_fingerprint, fingerprint, read, write
+from abkd.models.clip_files import PROMPTS, Prompts, check_fingerprint, fingerprint, read, write
 from abkd.models.clip_prompts import PromptedText, PromptedVision, check_context
 from abkd.models.pretrained import find_model
 
@@ -78,6 +78,12 @@ class CLIPTeacher(nn.Module):
 class PromptedClassifier(nn.Module):
     """What of a classifier is worth keeping: CLIP's own weights are not."""
 
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> None:
+        raise NotImplementedError
+
     def trained_state(self) -> dict[str, Tensor]:
         """The state without CLIP's own weights: prompts, projection, buffers."""
         return {name: each for name, each in self.state_dict().items() if not FROZEN.match(name)}
@@ -97,6 +103,7 @@ class PromptedCLIP(PromptedClassifier):
         clip: frozen in place.
         prompts: to start from, as of `initial_vision` and `initial_text`; copied.
         token_ids: `[classes, length]`, a sentence per class (see `tokenize`).
+        num_base: while it is trained there are the first `num_base` classes alone; None for all.
 
     Source: Khattak et al., "Self-regulating prompts" (PromptSRC), ICCV 2023; its regularisers are in
         `abkd.models.promptsrc`.
@@ -105,17 +112,19 @@ class PromptedCLIP(PromptedClassifier):
     token_ids: Tensor
     scale: Tensor
 
-    def __init__(self, clip: CLIPModel, prompts: Prompts, token_ids: Tensor):
+    def __init__(self, clip: CLIPModel, prompts: Prompts, token_ids: Tensor, num_base: int | None = None):
         super().__init__()
         check_context(token_ids, prompts.text.shape[1])
+        self.num_base = num_base
         self.vision = PromptedVision(clip, prompts.vision)
         self.text = PromptedText(clip, prompts.text)
         self.register_buffer("token_ids", token_ids)
         self.register_buffer("scale", clip.logit_scale.detach().exp())
 
     def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors of the images `[batch, dim]` and of the classes `[classes, dim]`."""
-        return unit(self.vision(pixel_values)), unit(self.text(self.token_ids))
+        """Unit vectors of the images `[batch, dim]` and of the classes `[classes, dim]`, base ones while trained."""
+        token_ids = self.token_ids[: self.num_base] if self.training else self.token_ids
+        return unit(self.vision(pixel_values)), unit(self.text(token_ids))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return cosine_logits(*self.features(pixel_values), self.scale)
@@ -123,6 +132,17 @@ class PromptedCLIP(PromptedClassifier):
     def prompts(self) -> Prompts:
         """A copy of the prompts as they are now."""
         return Prompts(self.vision.prompts.detach().clone(), self.text.prompts.detach().clone())
+
+    def save(self, folder: Path) -> None:
+        """Writes what `save_prompts` writes, for `load_prompts`."""
+        towers = self.vision.tower, self.vision.to_shared, self.text.tower, self.text.to_shared
+        tensors: dict[str, Tensor] = {"vision": self.vision.prompts, "text": self.text.prompts}
+        write(folder, PROMPTS, tensors, {"clip": fingerprint(*towers)})
+
+    def load(self, folder: Path) -> None:
+        """Takes up what `save` wrote."""
+        tensors, _ = read(folder, PROMPTS, "student")
+        self.load_trained_state(self.trained_state() | {f"{name}.prompts": each for name, each in tensors.items()})
 
 
 class PromptKDStudent(PromptedClassifier):
@@ -173,7 +193,7 @@ class PromptKDStudent(PromptedClassifier):
             )
         return cosine_logits(unit(self.projection(self.vision(pixel_values))), self.text_features, self.scale)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: Path) -> None:
         """Writes `clip_student.safetensors`, the trained state, and `clip_student.json` into `folder`."""
         record = {
             "clip": fingerprint(self.vision.tower, self.vision.to_shared),
@@ -182,6 +202,10 @@ class PromptKDStudent(PromptedClassifier):
             "class_names": list(self.class_names),
         }
         write(Path(folder), STUDENT, self.trained_state(), record)
+
+    def load(self, folder: Path) -> None:
+        """Takes up what `save` wrote."""
+        self.load_trained_state(read(folder, STUDENT, "student")[0])
 
 
 def load_clip_student(folder: str | Path, clip: CLIPModel, field: str = "student.path") -> PromptKDStudent:

@@ -12,21 +12,26 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from abkd import config
 from abkd.card import image_card as model_card
-from abkd.config.images import ImageModel
+from abkd.config.image_models import CLIPStudent, CLIPTeacher, ImageModel
+from abkd.data.clip_sets import CLIP_SETS, CONTEXT, base_and_new
+from abkd.data.image_folders import FolderStore
 from abkd.data.images import Augmentation, Images, ImageStore
+from abkd.data.labelled_images import ImageFiles, LabelledImages
+from abkd.evaluation.base_and_new import BaseToNewMeter
 from abkd.evaluation.classification import ClassificationMeter
 from abkd.image_inputs import ImageInputs, classifier_arguments
 from abkd.models.classifiers import load_classifier, save_classifier
+from abkd.models.clip import PromptedClassifier
 from abkd.models.image_classifier import ImageClassifier
 from abkd.objective import IGNORED_LABEL
 from abkd.parts import make_objective, make_terms
-from abkd.ranks import num_ranks
 from abkd.rundir import RunDir
 from abkd.setup import Say
+from abkd.tasks import clip
 from abkd.tasks.arguments import training_arguments
 from abkd.teachers.classifier import ClassifierTeacher
 from abkd.trainer import VALIDATION_DIVERGENCES, ImageDistillationTrainer
-from abkd.trainer.images import all_logits, classify
+from abkd.trainer.images import all_logits, classify, steps_per_epoch
 from abkd.trainer.rates import RateFactor
 
 __all__ = [
@@ -56,15 +61,29 @@ class ImageSetup:
 def prepare(recipe: config.ImageRecipe, inputs: ImageInputs, say: Say, to_train: bool = False) -> ImageSetup:
     """Loads the teacher, and puts the images where batches are made of them."""
     say(inputs.summary)
-    train = ImageStore(inputs.train)
-    train.labels[~torch.from_numpy(inputs.is_labelled)] = IGNORED_LABEL
-    validation = None if inputs.validation is None else ImageStore(inputs.validation)
+    train = _store(inputs.train)
+    train.labels = train.labels.masked_fill(~torch.from_numpy(inputs.is_labelled), IGNORED_LABEL)
+    validation = None if inputs.validation is None else _store(inputs.validation)
     teacher = None
     if recipe.teacher is not None:
         say(f"loading the teacher {recipe.teacher.path or getattr(recipe.teacher, 'name', '')}")
-        model = make_model(recipe.teacher, "teacher", train.classes, seed=recipe.training.seed)
-        teacher = ClassifierTeacher(model, remember=recipe.teacher.remember)
-    return ImageSetup(teacher, train, validation, ImageStore(inputs.test))
+        teacher = ClassifierTeacher(_make_teacher(recipe, train.classes), remember=recipe.teacher.remember)
+    return ImageSetup(teacher, train, validation, _store(inputs.test))
+
+
+def _store(images: LabelledImages) -> Images:
+    if isinstance(images, ImageFiles):
+        return FolderStore(images.images.tolist(), images.labels, images.classes, size=images.size)
+    return ImageStore(images)
+
+
+def _make_teacher(recipe: config.ImageRecipe, classes: tuple[str, ...]) -> nn.Module:
+    section = recipe.teacher
+    assert section is not None
+    if isinstance(section, CLIPTeacher):
+        template = CLIP_SETS[recipe.data.clip_set].template if recipe.data.clip_set else CONTEXT
+        return clip.make_teacher(section, classes, template)
+    return make_model(section, "teacher", classes, seed=recipe.training.seed)
 
 
 def make_model(section: ImageModel, field: str, classes: tuple[str, ...], *, seed: int) -> ImageClassifier:
@@ -72,8 +91,13 @@ def make_model(section: ImageModel, field: str, classes: tuple[str, ...], *, see
     return load_classifier(**classifier_arguments(section, field), num_classes=len(classes), classes=classes, seed=seed)
 
 
-def make_student(recipe: config.ImageRecipe, setup: ImageSetup, say: Say) -> ImageClassifier:
-    return make_model(recipe.student, "student", setup.train.classes, seed=recipe.training.seed)
+def make_student(recipe: config.ImageRecipe, setup: ImageSetup, say: Say) -> nn.Module:
+    section, classes, seed = recipe.student, setup.train.classes, recipe.training.seed
+    if isinstance(section, CLIPStudent):
+        num_base = len(base_and_new(len(classes))[0]) if recipe.data.labels == "base" else None
+        teacher = None if setup.teacher is None else setup.teacher.model
+        return clip.make_student(section, classes, teacher, num_base=num_base, seed=seed)
+    return make_model(section, "student", classes, seed=seed)
 
 
 def teacher_model(setup: ImageSetup) -> nn.Module:
@@ -85,7 +109,7 @@ def make_trainer(
     recipe: config.ImageRecipe, setup: ImageSetup, student: nn.Module, run_dir: RunDir, callbacks: Sequence[Any] = ()
 ) -> ImageDistillationTrainer:
     options = recipe.training
-    steps = steps_per_epoch(len(setup.train), options)
+    steps = steps_per_epoch(len(setup.train), options.batch_size, options.accumulation, drop_last=options.drop_last)
     selected = setup.validation if options.select_on == "validation" else setup.test
     assert selected is not None
     section = recipe.data.augmentation
@@ -109,6 +133,7 @@ def make_trainer(
             validate_every=options.validate_every_epochs * steps,
             save_every=(options.save_every_epochs or options.validate_every_epochs * options.chooses_best) * steps,
             best="top1" if options.chooses_best else None,
+            dataloader_drop_last=options.drop_last,
         ),
         teacher=setup.teacher,
         objective=make_objective(recipe.objective),
@@ -140,11 +165,6 @@ def optimizer_of(options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
     return make
 
 
-def steps_per_epoch(num_images: int, options: Any) -> int:
-    """Optimiser steps in a pass over the training images, of all ranks together."""
-    return -(-num_images // (options.batch_size * options.accumulation * num_ranks()))
-
-
 def place(recipe: config.ImageRecipe, setup: ImageSetup, student: nn.Module, device: torch.device) -> None:
     """The trainer has moved the models and the images it trains with."""
     setup.test.to(device)
@@ -160,10 +180,13 @@ def measure_before(
 def measure(
     recipe: config.ImageRecipe, setup: ImageSetup, model: nn.Module, keep: Path | None = None
 ) -> dict[str, Any]:
-    """`ClassificationMeter.result` on the test images, and `num_parameters`."""
+    """The result of the meter on the test images, and `num_parameters`; of a clip_set with base and new accuracy."""
     size = recipe.evaluation.batch_size
     divergences = VALIDATION_DIVERGENCES if setup.teacher else None
-    meter = ClassificationMeter(divergences, temperature=recipe.evaluation.temperature)
+    temperature = recipe.evaluation.temperature
+    meter = ClassificationMeter(divergences, temperature=temperature)
+    if recipe.data.clip_set:
+        meter = BaseToNewMeter(*base_and_new(len(setup.test.classes)), divergences, temperature=temperature)
     teacher_logits = setup.teacher_test_logits(size)
     if teacher_logits is not None and model is teacher_model(setup):
         meter.add(teacher_logits, setup.test.labels.cpu(), teacher_logits)
@@ -174,20 +197,32 @@ def measure(
 
 
 def is_adapted(student: nn.Module) -> bool:
-    return False
+    """Whether a checkpoint holds what is trained alone."""
+    return isinstance(student, PromptedClassifier)
 
 
 def trained(recipe: config.ImageRecipe, student: nn.Module) -> nn.Module:
     return student
 
 
-def load_trained(student: ImageClassifier, folder: Path) -> ImageClassifier:
+def load_trained(student: nn.Module, folder: Path) -> nn.Module:
     """The weights of a checkpoint, or of a student's folder, in `student`."""
-    state = load_file(folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    if isinstance(student, PromptedClassifier):
+        if weights.is_file():
+            student.load_trained_state(load_file(weights))
+        else:
+            student.load(folder)
+        return student
+    assert isinstance(student, ImageClassifier)
+    state = load_file(weights)
     whole = all(key.startswith("network.") for key in state)  # a checkpoint holds the classifier, a folder its network
     (student if whole else student.network).load_state_dict(state)
     return student
 
 
-def save_student(student: ImageClassifier, trainer: ImageDistillationTrainer, folder: Path) -> Callable[[], None]:
+def save_student(student: nn.Module, trainer: ImageDistillationTrainer, folder: Path) -> Callable[[], None]:
+    if isinstance(student, PromptedClassifier):
+        return lambda: student.save(folder)
+    assert isinstance(student, ImageClassifier)
     return lambda: save_classifier(student, folder)

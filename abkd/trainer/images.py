@@ -133,6 +133,17 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
         if self.terms:
             self.terms.load_state_dict(load_file(folder / _FEATURES))
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The weights of a checkpoint: of a model that says which it trains, those alone."""
+        if state_dict is None and hasattr(self.model, "trained_state"):
+            state_dict = self.model.trained_state()
+        super()._save(output_dir, state_dict)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The Trainer's own, of what a checkpoint lacks: as it should, where it holds what is trained alone."""
+        if not hasattr(self.model, "trained_state"):
+            super()._issue_warnings_after_load(load_result)
+
     def measure(self, examples: Images) -> dict[str, float]:
         """`ClassificationMeter.result`."""
         size = self.args.per_device_eval_batch_size
@@ -158,16 +169,16 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         if self.rate_factor is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        factor, steps_per_epoch = self.rate_factor, self.steps_per_epoch
-        made = LambdaLR(optimizer or self.optimizer, lambda step: factor(step / steps_per_epoch))
+        factor, args = self.rate_factor, self.args
+        size, accumulation, drop_last = (
+            args.train_batch_size,
+            args.gradient_accumulation_steps,
+            args.dataloader_drop_last,
+        )
+        steps = steps_per_epoch(len(self.train_images), size, accumulation, drop_last=drop_last)
+        made = LambdaLR(optimizer or self.optimizer, lambda step: factor(step / steps))
         self.lr_scheduler = made
         return made
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps in a pass over the training images."""
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return -(-len(self.train_images) // size)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int:
         """Every image counts; a number, which no GPU has to be asked for."""
@@ -178,6 +189,13 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return EpochSampler(len(self.train_images), self.args.seed)
+
+
+def steps_per_epoch(num_images: int, batch_size: int, accumulation: int, *, drop_last: bool = False) -> int:
+    """Optimiser steps in a pass over the training images, of all ranks together."""
+    images_at_once = batch_size * num_ranks()
+    batches = num_images // images_at_once if drop_last else -(-num_images // images_at_once)
+    return -(-batches // accumulation)
 
 
 @torch.no_grad()

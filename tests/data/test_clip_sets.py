@@ -150,7 +150,9 @@ def test_aircraft_are_read_from_their_own_lists(tmp_path):
 
 
 def test_a_set_that_is_not_there_is_refused():
-    assert refusal(".", "MNIST").startswith("data.name='MNIST': there is no such set; use one of ImageNet, Caltech101")
+    named = "data.clip_set='MNIST': there is no such set; use one of ImageNet, Caltech101"
+    assert refusal(".", "MNIST").startswith(named)
+    assert "did you mean OxfordPets? use one of" in refusal(".", "oxford_pets")
 
 
 @pytest.mark.parametrize("name", CLIP_SETS)
