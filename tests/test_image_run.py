@@ -198,7 +198,11 @@ def test_images_out_of_memory_train_as_those_in_memory(teacher, data, tmp_path):
     for in_memory in ("true", "false"):
         run = [f"run_dir={tmp_path}/{in_memory}", f"data.in_memory={in_memory}"]
         assert cli.main(["train", str(recipe), *options, *run]) == cli.DONE
-    assert results_of(tmp_path / "true")["after"] == results_of(tmp_path / "false")["after"]
+    measured, other = (results_of(tmp_path / in_memory)["after"] for in_memory in ("true", "false"))
+    assert measured["confusions"] == other["confusions"]
+    for key, value in measured.items():
+        if isinstance(value, float):
+            assert value == pytest.approx(other[key], rel=1e-4, abs=1e-6)  # Pillow and torch round elsewhere
 
 
 def test_check_says_what_would_be_trained(teacher, data, tmp_path, capsys):

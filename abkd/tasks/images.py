@@ -25,6 +25,7 @@ from abkd.models.clip import PromptedClassifier
 from abkd.models.image_classifier import ImageClassifier
 from abkd.objective import IGNORED_LABEL
 from abkd.parts import make_objective, make_terms
+from abkd.ranks import is_first
 from abkd.rundir import RunDir
 from abkd.setup import Say
 from abkd.tasks import clip
@@ -189,7 +190,8 @@ def measure(
         meter = BaseToNewMeter(*base_and_new(len(setup.test.classes)), divergences, temperature=temperature)
     teacher_logits = setup.teacher_test_logits(size)
     if teacher_logits is not None and model is teacher_model(setup):
-        meter.add(teacher_logits, setup.test.labels.cpu(), teacher_logits)
+        if is_first():  # every rank has them all
+            meter.add(teacher_logits, setup.test.labels.cpu(), teacher_logits)
     else:
         classify(model, setup.test, meter, batch_size=size, teacher_logits=teacher_logits)
     measured = meter.result(setup.test.classes)
