@@ -202,16 +202,19 @@ def test_sums_entropy_and_totals_are_those_of_torch(power):
 
 
 def test_the_gradient_through_sums_and_kept_logits_is_that_of_torch():
+    """The last entry keeps nothing: it is a constant -inf, and its class is in the rest."""
     student, teacher = logits_of()
     kept, weights = kept_of(teacher, "lump"), torch.randn(7, K + 2, dtype=torch.float64)
+    kept.log_probs[:, -1] = -math.inf
 
     def ours(z):
         seen = kept.see(z, d.ForwardKL(), (0.5,))
         return (weights * torch.cat([seen.kept, seen.sums[1.0], seen.sums[0.5]], -1)).sum(-1)
 
     def plain(z):
-        rest = z.scatter(-1, kept.ids, -math.inf)
-        parts = [z.gather(-1, kept.ids), rest.logsumexp(-1, keepdim=True), (0.5 * rest).logsumexp(-1, keepdim=True)]
+        there = z.gather(-1, kept.ids).masked_fill(kept.log_probs.isneginf(), -math.inf)
+        rest = z.scatter(-1, kept.ids[:, :-1], -math.inf)
+        parts = [there, rest.logsumexp(-1, keepdim=True), (0.5 * rest).logsumexp(-1, keepdim=True)]
         return (weights * torch.cat(parts, -1)).sum(-1)
 
     assert_same(value_and_gradient(ours, student), value_and_gradient(plain, student))
