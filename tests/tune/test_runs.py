@@ -78,7 +78,7 @@ def test_the_report_has_the_figures_of_the_runs(tuned):
     best = min(report["trials"][:2], key=lambda row: row["value"])
     assert report["recommended"]["beta"] == best["beta"]
     assert any(line.endswith(f"abkd train {tuned.folder / 'best.yaml'}") for line in tuned.said)
-    assert (tuned.folder / "report.html").is_file() and (tuned.folder / "figures" / "surface.png").is_file()
+    assert (tuned.folder / "report.html").is_file() and (tuned.folder / "figures" / "plane.png").is_file()
     assert read_recipe(str(tuned.folder / "best.yaml")).objective.divergence.beta == best["beta"]
 
 
@@ -140,7 +140,7 @@ def test_mistakes_are_found_before_anything_is_loaded_and_leave_no_folder(recipe
         assert said == [] and not (tmp_path / "run").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore")  # of the libraries, which the command line quietens
 def test_a_loss_that_is_not_finite_is_the_points(recipe_file, tmp_path):
     recipe = read_recipe(str(recipe_file), [*QUICK, "training.learning_rate=1e30"])
     inputs = check_inputs(recipe)
