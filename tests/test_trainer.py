@@ -10,7 +10,7 @@ import torch
 from conftest import make_gpt2, make_llama
 from transformers import TrainingArguments
 
-from abkd import AlphaBeta, DistillationTrainer, ForwardKL, InProcessTeacher, InputError, Objective
+from abkd import AlphaBeta, DistillationTrainer, ForwardKL, InProcessTeacher, InputError, Objective, cli
 from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, Watch, quiet
 from abkd.data.corpus import Corpus
 from abkd.data.instructions import Example
@@ -293,6 +293,14 @@ def test_a_torn_checkpoint_is_removed_and_the_earlier_one_stays(tokenizer, tmp_p
         trainer.train()
     assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-2"]
     assert (tmp_path / "checkpoint-2" / "WHOLE").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training(recipe_file, tmp_path, capsys):
+    """The loss of the last step is finite still, but its gradient is not, and the weights are lost."""
+    options = ["training.learning_rate=1e30", "training.num_steps=2"]
+    assert cli.main(["train", str(recipe_file), *options]) == cli.USERS_MISTAKE
+    assert "the gradient is nan at step 2" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_ctrl_c_ends_after_the_step_with_a_checkpoint(tokenizer, tmp_path):

@@ -1,5 +1,6 @@
 """The Hugging Face Trainer with a teacher: another loss, another evaluation, checkpoints that are marked whole."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -143,6 +144,12 @@ class AbstractDistillationTrainer(Trainer):
         return super()._determine_best_metric({f"eval_{name}": value for name, value in metrics.items()}, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        norm = float(logs.get("grad_norm", 0.0))
+        if not math.isfinite(norm) and not self.args.fp16:  # whose scaled loss may overflow, and leaves the step out
+            raise InputError(
+                f"the gradient is {norm} at step {self.state.global_step}, which the step has put into the weights; "
+                "lower training.learning_rate, and go on from the last checkpoint or afresh"
+            )
         if "loss" in logs:
             line, self._log = self._log, StepLog()
             logs |= self.figures(summed(line.sums), time.monotonic() - line.started)

@@ -53,7 +53,7 @@ class Runs:
             The run's results; None if it was interrupted.
 
         Raises:
-            Diverged: the loss came to be infinite or NaN.
+            Diverged: the loss or its gradient came to be infinite or NaN.
             InputError: whatever else a run refuses.
         """
         run_dir = RunDir(self.folder.path / name)
@@ -74,7 +74,9 @@ class Runs:
         try:
             results = distil(recipe, setup, copy.deepcopy(start), self._say_once, known)
         except InputError as error:
-            if not str(error).startswith("the loss is "):  # what recipe or machine are to blame for names a field
+            if not str(error).startswith(
+                ("the loss is ", "the gradient is ")
+            ):  # what recipe or machine are to blame for names a field
                 raise
             shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
             raise Diverged(str(error)) from None

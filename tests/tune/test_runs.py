@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_is_the_points(recipe_file, tmp_path):
     recipe = read_recipe(str(recipe_file), [*QUICK, "training.learning_rate=1e30"])
     inputs = check_inputs(recipe)
     (tmp_path / "run").mkdir()
-    with pytest.raises(Diverged, match=r"the loss is .* at step 2; lower training\.learning_rate"):
+    with pytest.raises(Diverged, match=r"the gradient is nan at step 2, .* lower training\.learning_rate"):
         Runs(recipe, inputs, lambda line: None)("trials/000", Point(0.2, 0.7), seed=None, share=1.0)
 
 
