@@ -22,6 +22,10 @@ from abkd.tune.points import Point, at
 from abkd.tune.study import locked
 
 
+_LOST = ("the loss is ", "the gradient is ")
+"""How the trainer begins where the weights are lost; what recipe or machine are to blame for names a field."""
+
+
 class Diverged(Exception):
     """The training of a point came to a loss that is not finite; the message is the trainer's."""
 
@@ -74,9 +78,7 @@ class Runs:
         try:
             results = distil(recipe, setup, copy.deepcopy(start), self._say_once, known)
         except InputError as error:
-            if not str(error).startswith(
-                ("the loss is ", "the gradient is ")
-            ):  # what recipe or machine are to blame for names a field
+            if not str(error).startswith(_LOST):
                 raise
             shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
             raise Diverged(str(error)) from None
