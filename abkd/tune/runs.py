@@ -21,7 +21,6 @@ from abkd.tasks import task_of
 from abkd.tune.points import Point, at
 from abkd.tune.study import locked
 
-
 _LOST = ("the loss is ", "the gradient is ")
 """How the trainer begins where the weights are lost; what recipe or machine are to blame for names a field."""
 
