@@ -7,6 +7,7 @@ tune.json         the trials and what they say
 best.yaml         the recipe at the recommended point
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,16 @@ from abkd.tune.study import LOCK, Study
 
 
 def check_inputs(recipe: Recipe) -> Any:
-    """`abkd.inputs.check_inputs`, for a folder that is new or holds a search.
+    """`abkd.inputs.check_inputs`, for a folder that is new or holds a search, which other processes may be busy with.
 
     Raises:
         InputError: also where the folder holds anything else.
     """
     folder = Path(recipe.run_dir)
-    if not folder.exists():
-        return inputs.check_inputs(recipe)
-    if not (folder / LOCK).exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / LOCK).exists():
         raise InputError(f"run_dir: {str(folder)!r} exists and holds no search; give another with run_dir=PATH")
-    return inputs.check_inputs(recipe.model_copy(update={"run_dir": str(folder / "new")}))
+    beside = folder.with_name(f".{folder.name}-{os.getpid()}")
+    return inputs.check_inputs(recipe.model_copy(update={"run_dir": str(beside)}))
 
 
 def open_study(recipe: Recipe, search: Search, url: str | None, name: str | None) -> Study:
@@ -60,5 +60,5 @@ def open_study(recipe: Recipe, search: Search, url: str | None, name: str | None
         return Study(url, name or folder.name, search, same, folder)
     except InputError:
         if is_new:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -13,12 +13,10 @@ import pytest
 from conftest import make_llama, write_recipe
 
 from abkd import InputError, cli
-from abkd.inputs import check_inputs
 from abkd.recipe import read_recipe
 from abkd.rundir import ENVIRONMENT, RECIPE, RunDir
 from abkd.tasks import language
-from abkd.tune.points import Point
-from abkd.tune.runs import Diverged, Runs, _digest, _is_begun, _on_validation
+from abkd.tune.runs import _digest, _is_begun, _on_validation
 
 QUICK = ("training.num_steps=2", "teacher.remember=true", "data.max_train_rows=4", "data.max_validation_rows=2")
 LINE = ("--sampler=grid", "--line=alpha=1", "--metric=forward_kl")
@@ -142,11 +140,14 @@ def test_mistakes_are_found_before_anything_is_loaded_and_leave_no_folder(recipe
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries, which the command line quietens
 def test_a_loss_that_is_not_finite_is_the_points(recipe_file, tmp_path):
-    recipe = read_recipe(str(recipe_file), [*QUICK, "training.learning_rate=1e30"])
-    inputs = check_inputs(recipe)
-    (tmp_path / "run").mkdir()
-    with pytest.raises(Diverged, match=r"the gradient is nan at step 2, .* lower training\.learning_rate"):
-        Runs(recipe, inputs, lambda line: None)("trials/000", Point(0.2, 0.7), seed=None, share=1.0)
+    """The trial fails, and not the search; of a search of one point nothing is left."""
+    code, said, refused = abkd(
+        "tune", recipe_file, *LINE, "--beta=0:1:2", "--finalists=0", *QUICK, "training.learning_rate=1e30"
+    )
+    assert code == cli.USERS_MISTAKE and any("alpha=1 beta=0: failed, the gradient is " in line for line in said)
+    assert refused[0].startswith("abkd: tune: no training came to an end, the first for: the gradient is ")
+    (row,) = json.loads((tmp_path / "run/tune.json").read_text())["trials"]
+    assert row["state"] == "failed" and "at step 2; lower training.learning_rate" in row["error"]
 
 
 def begun(recipe, run_dir, *, recipe_text, environment):
