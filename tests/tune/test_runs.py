@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_is_the_points(recipe_file, tmp_path):
     assert code == cli.USERS_MISTAKE and any("alpha=1 beta=0: failed, the gradient is " in line for line in said)
     assert refused[0].startswith("abkd: tune: no training came to an end, the first for: the gradient is ")
     (row,) = json.loads((tmp_path / "run/tune.json").read_text())["trials"]
-    assert row["state"] == "failed" and "at step 2; lower training.learning_rate" in row["error"]
+    assert row["state"] == "failed" and "the gradient is nan at step 2" in row["error"]
 
 
 def begun(recipe, run_dir, *, recipe_text, environment):
