@@ -1,4 +1,4 @@
-"""abkd: distillation of language models with the alpha-beta-divergence. This is the catalogue of public names.
+"""abkd: distillation with the alpha-beta-divergence. This is the catalogue of public names.
 
 Names load on first use, so that `import abkd` and the command line do not wait for torch.
 """
@@ -7,47 +7,66 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from abkd.data.image_files import read_images
+    from abkd.data.images import Augmentation, ImageStore
     from abkd.divergences import AlphaBeta, ForwardKL, ReverseKL
     from abkd.divergences.alpha_beta import alpha_beta, forward_kl, reverse_kl
     from abkd.errors import InputError
     from abkd.head import LMHead
     from abkd.kernels import linear_divergence
+    from abkd.models.classifiers import load_classifier
     from abkd.objective import Objective
-    from abkd.targets import DenseTargets, HiddenTargets
+    from abkd.targets import DenseTargets, HiddenTargets, TopKTargets
+    from abkd.teachers.classifier import ClassifierTeacher
     from abkd.teachers.in_process import InProcessTeacher
-    from abkd.trainer import DistillationTrainer
+    from abkd.trainer import DistillationTrainer, ImageDistillationTrainer
+
 
 _HOMES = {
     "AlphaBeta": "abkd.divergences",
+    "Augmentation": "abkd.data.images",
+    "ClassifierTeacher": "abkd.teachers.classifier",
     "DenseTargets": "abkd.targets",
     "DistillationTrainer": "abkd.trainer",
     "ForwardKL": "abkd.divergences",
     "HiddenTargets": "abkd.targets",
+    "ImageDistillationTrainer": "abkd.trainer",
+    "ImageStore": "abkd.data.images",
     "InProcessTeacher": "abkd.teachers.in_process",
     "InputError": "abkd.errors",
     "LMHead": "abkd.head",
     "Objective": "abkd.objective",
     "ReverseKL": "abkd.divergences",
+    "TopKTargets": "abkd.targets",
     "alpha_beta": "abkd.divergences",
     "forward_kl": "abkd.divergences",
     "linear_divergence": "abkd.kernels",
+    "load_classifier": "abkd.models.classifiers",
+    "read_images": "abkd.data.image_files",
     "reverse_kl": "abkd.divergences",
 }
 
 __all__ = [
     "AlphaBeta",
+    "Augmentation",
+    "ClassifierTeacher",
     "DenseTargets",
     "DistillationTrainer",
     "ForwardKL",
     "HiddenTargets",
+    "ImageDistillationTrainer",
+    "ImageStore",
     "InProcessTeacher",
     "InputError",
     "LMHead",
     "Objective",
     "ReverseKL",
+    "TopKTargets",
     "alpha_beta",
     "forward_kl",
     "linear_divergence",
+    "load_classifier",
+    "read_images",
     "reverse_kl",
 ]
 __version__ = "0.1.0"

@@ -78,7 +78,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="abkd", description="Distil language models with the alpha-beta-divergence.")
+    parser = argparse.ArgumentParser(prog="abkd", description="Distil models with the alpha-beta-divergence.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run, summary: str) -> argparse.ArgumentParser:
