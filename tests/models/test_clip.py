@@ -75,6 +75,22 @@ def test_without_prompts_logits_are_those_of_transformers():
     assert torch.equal(prompted(IMAGES), expected)
 
 
+def test_base_classes_alone_are_there_while_prompts_are_trained(tmp_path):
+    clip, shape = make_clip(), (4, 3)
+    torch.manual_seed(3)
+    prompts = Prompts(initial_vision(clip, *shape), initial_text(clip, IDS, *shape))
+    prompted = PromptedCLIP(clip, prompts, IDS, num_base=2)
+    every = prompted.eval()(IMAGES)
+    assert every.shape == (6, 4)
+    torch.testing.assert_close(prompted.train()(IMAGES), every[:, :2])
+    prompted.save(tmp_path)
+    torch.manual_seed(4)
+    other = PromptedCLIP(clip, Prompts(initial_vision(clip, *shape), initial_text(clip, IDS, *shape)), IDS).eval()
+    assert not torch.equal(other(IMAGES), every)
+    other.load(tmp_path)
+    assert torch.equal(other(IMAGES), every)
+
+
 def test_prompted_logits_are_cosines_of_the_slow_towers():
     clip = make_clip()
     prompts = Prompts(torch.randn(2, 4, 32), torch.randn(3, 4, 16))
