@@ -50,6 +50,16 @@ def test_uniform_and_renormalise_are_the_divergence_from_that_row(divergence, ta
         torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-11)
 
 
+def test_the_kept_classes_need_not_be_the_likeliest():
+    teacher = logits(1)
+    log_p = teacher.log_softmax(-1)
+    ids = teacher.argsort(-1)[:, :3]  # below the mean of the rest
+    rest = log_p.scatter(-1, ids, -math.inf).logsumexp(-1)
+    targets = TopKTargets(ids, log_p.gather(-1, ids), rest, VOCAB, "uniform")
+    expected = (rest - math.log(VOCAB - 3)).expand(1, VOCAB).scatter(-1, ids, log_p.gather(-1, ids))
+    torch.testing.assert_close(targets.logits(0, 1), expected)
+
+
 @pytest.mark.parametrize("tail", ["lump", "uniform", "renormalise", "sampled"])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_all_classes_kept_is_dense(divergence, tail):
