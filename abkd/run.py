@@ -79,7 +79,7 @@ def distil(
     else:
         with stop, bar:
             _train_from_last_checkpoint(trainer, run_dir, say)
-        if trainer.state.global_step < trainer.state.max_steps:
+        if stop.interrupted or trainer.state.global_step < trainer.state.max_steps:
             return None
     seconds = time.monotonic() - started
     student = task.trained(recipe, student)

@@ -283,7 +283,11 @@ def _is_gone(owner: Mapping[str, Any] | None) -> bool:
     """Whether a process of this machine has ended; of another machine nothing is known."""
     if owner is None or owner["host"] != platform.node():
         return False
-    try:  # the time is that of the boot plus ticks, and the boot's is told anew to every process
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 5
+    try:
+        process = psutil.Process(owner["pid"])
+        if process.status() == psutil.STATUS_ZOMBIE:  # killed, by a parent that does not look after it
+            return True
+        # the time is that of the boot plus ticks, and the boot's is told anew to every process
+        return abs(process.create_time() - owner["started"]) > 5
     except psutil.NoSuchProcess:
         return True

@@ -18,6 +18,7 @@ def test_the_papers_grid_keeps_to_ranges_and_line():
     assert Plane(line=Line("alpha+beta", 1.0)).paper_grid() == [(k / 10, (10 - k) / 10) for k in range(1, 11)]
     assert Plane(line=Line("alpha", 1.0)).paper_grid() == [(1.0, 0.0), (1.0, 0.1)]
     assert Plane(line=Line("alpha-beta", 0.0)).paper_grid() == [(0.4, 0.4), (0.5, 0.5)]
+    assert Plane(beta=Range(-1, 1)).paper_grid() == Plane().paper_grid()
     assert all(a <= 0.3 and b <= 0.6 for a, b in Plane(Range(0, 0.3), Range(0, 0.6)).paper_grid())
     with pytest.raises(InputError, match=r"no point of the paper's grid is on alpha\+beta=0.5; use --sampler grid"):
         Plane(line=Line("alpha+beta", 0.5)).paper_grid()

@@ -68,6 +68,8 @@ def test_the_divergence_of_a_calibration_is_found():
 def test_a_short_run_has_the_schedule_of_the_whole_one_in_less_time():
     steps = at(recipe_of(), Point(0.2, 0.7), run_dir=Path("r"), share=1 / 9).training
     assert (steps.num_steps, steps.warmup_steps, steps.num_epochs) == (10, 1, 0)
+    few = recipe_of(training={"num_steps": 90, "warmup_steps": 2, "learning_rate": 1e-3})
+    assert at(few, Point(0.2, 0.7), run_dir=Path("r"), share=1 / 9).training.warmup_steps == 1
     epochs = recipe_of(training={"num_epochs": 3, "learning_rate": 1e-3})
     short = at(epochs, Point(0.2, 0.7), run_dir=Path("r"), share=1 / 3).training
     assert (short.num_epochs, short.num_steps, short.warmup_steps) == (1, 0, 0)

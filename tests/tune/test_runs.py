@@ -16,7 +16,8 @@ from abkd import InputError, cli
 from abkd.recipe import read_recipe
 from abkd.rundir import ENVIRONMENT, RECIPE, RunDir
 from abkd.tasks import language
-from abkd.tune.runs import _digest, _is_begun, _on_validation
+from abkd.tune.points import Point
+from abkd.tune.runs import Runs, _digest, _is_begun, _on_validation
 
 QUICK = ("training.num_steps=2", "teacher.remember=true", "data.max_train_rows=4", "data.max_validation_rows=2")
 LINE = ("--sampler=grid", "--line=alpha=1", "--metric=forward_kl")
@@ -89,7 +90,20 @@ def test_a_trial_is_an_ordinary_run(tuned, tmp_path):
     assert code == cli.DONE and first == second
 
 
-def test_the_same_command_trains_nothing_again(tuned):
+def test_a_run_that_was_finished_before_its_trial_is_read(tuned):
+    """A kill may come between the two."""
+    recipe, said = read_recipe(str(tuned.recipe), QUICK), []
+    read = Runs(recipe, None, said.append)("trials/001", Point(1.0, 1.0), seed=None, share=1.0)
+    assert read == results(tuned.folder / "trials/001") and said == []
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """They take longer than these trainings."""
+    monkeypatch.setattr(cli, "_picture_search", lambda folder: None)
+
+
+def test_the_same_command_trains_nothing_again(tuned, without_pictures):
     code, said, _ = abkd("tune", tuned.recipe, *COMMAND)
     assert code == cli.DONE and not any(line.startswith(("loading the teacher", "trial ")) for line in said)
     assert [line for line in said if line.startswith("recommended")] == [
@@ -106,12 +120,16 @@ def test_another_recipe_in_the_same_folder_is_refused(tuned):
     assert refused[0].endswith("exists and holds no search; give another with run_dir=PATH")
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(recipe_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step, goes_on", [(1, True), (2, False)], ids=["on the way", "in the last step"])
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
+    recipe_file, tmp_path, monkeypatch, without_pictures, step, goes_on
+):
+    """The step after the signal is the last one that is trained."""
     log = RunDir.log
 
     def log_and_interrupt(self, record):
         log(self, record)
-        if record["step"] == 1 and "loss" in record:
+        if record["step"] == step and "loss" in record:
             signal.raise_signal(signal.SIGINT)
 
     command = ("tune", recipe_file, *LINE, "--beta=0:1:2", "--finalists=0", *QUICK, "training.num_steps=3")
@@ -121,7 +139,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(recipe_file, tmp_path
     assert code == cli.INTERRUPTED and said[-1] == "stopped; the same command goes on"
     assert results(tmp_path / "run/trials/000") is None
     code, said, _ = abkd(*command)
-    assert code == cli.DONE and any(line.startswith("going on from ") for line in said)
+    assert code == cli.DONE and any(line.startswith("going on from ") for line in said) == goes_on
     assert not (tmp_path / "run/trials/000/checkpoints").exists()
     assert len((tmp_path / "run/trials/000/metrics.jsonl").read_text().splitlines()) == 3
 

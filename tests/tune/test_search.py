@@ -8,7 +8,7 @@ import platform
 
 import pytest
 import yaml
-from planted import Planted, use_plain_memory
+from planted import Planted, open_in_memory, use_plain_memory
 from test_points import recipe_of
 
 from abkd import InputError
@@ -256,3 +256,24 @@ def test_the_finalists_wait_for_what_other_processes_are_busy_with(search_of, tm
     asked = [line for line in said if line.startswith("waiting for trial 1 on ")]
     assert len(asked) == 1 and asked[0].endswith("if nothing runs there, start again with --take-over")
     assert {point.alpha for _, point, seed in planted.calls if seed is not None} == {0.25, 0.5}
+
+
+def test_what_a_process_leaves_that_dies_meanwhile_is_done(tmp_path, monkeypatch):
+    """In a database: Optuna's storage without one looks for waiting trials after the last one alone."""
+    waits = []
+
+    def train(point, *how):
+        if other.trials()[1].state == "waiting":
+            other.take()
+        return score(point, *how)
+
+    def sleep(seconds):
+        waits.append(seconds)
+        monkeypatch.setattr(study_module, "_is_gone", lambda owner: True)
+
+    monkeypatch.setattr("abkd.tune.search.time.sleep", sleep)
+    planted, recipe = Planted(tmp_path, train), recipe_of(run_dir=str(tmp_path))
+    with open_in_memory(monkeypatch, tmp_path, SMALL) as study, open_in_memory(monkeypatch, tmp_path, SMALL) as other:
+        assert tune(recipe, study, planted, lambda line: None)
+    assert len(waits) == 1
+    assert [name for name, *_ in planted.calls] == [f"trials/{number:03d}" for number in (0, 2, 1, 3, 4)]

@@ -4,8 +4,10 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 
 import optuna
+import psutil
 import pytest
 from planted import open_in_memory, use_plain_memory
 from test_points import recipe_of
@@ -45,6 +47,16 @@ def dead_owner():
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait()
     return study_module._owner() | {"pid": process.pid}
+
+
+@pytest.fixture
+def zombie_owner():
+    """What a process said of itself that has ended, and that its parent has not asked for yet."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    yield study_module._owner() | {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+    process.wait()
 
 
 def take_all(study):
@@ -123,6 +135,15 @@ def test_what_a_killed_process_was_busy_with_waits_again(opened_in_database, dea
     assert (repeated.number, repeated.point) == (torn.number, torn.point)
     again.finish(repeated, 1.0)
     assert [each.state for each in again.trials()] == ["finished", "running", "waiting"]
+
+
+def test_a_zombie_is_busy_with_nothing(opened, zombie_owner, monkeypatch):
+    study = opened()
+    study.queue(JOBS)
+    with monkeypatch.context() as killed:
+        killed.setattr(study_module, "_owner", lambda: zombie_owner)
+        study.take()
+    assert [each.number for each in opened().put_back_abandoned()] == [0]
 
 
 def test_a_process_that_has_another_ones_number_is_another(opened, monkeypatch):
@@ -224,6 +245,8 @@ def test_a_study_of_another_recipe_is_refused_with_what_differs(opened):
     assert "this one has 100; give another --study" in str(refused.value)
     with pytest.raises(InputError, match=r"with teacher.path='t', and this one has None"):
         opened(same={"training.num_steps": 60})
+    with pytest.raises(InputError, match=r"with training.seed=None, and this one has 1; give another --study"):
+        opened(same={"training.num_steps": 60, "teacher.path": "t", "training.seed": 1})
     opened(same={"training.num_steps": 100, "teacher.path": "t"}, name="another")
 
 

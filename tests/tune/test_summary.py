@@ -30,7 +30,7 @@ HALF_OF_TWO_AND_ONE = 4.302653 * math.sqrt(0.02) * math.sqrt(1 / 2 + 1)
 
 def test_the_finalists_are_the_best_of_the_search():
     assert finalists(LOSS, SEARCHED) == [B, D]
-    assert finalists(LOSS, REPEATED) == [B, D]
+    assert finalists(LOSS, [*REPEATED, trial(8, D, 0.5, 9)]) == [B, D]
     assert finalists(replace(LOSS, metric=Metric("loss", True)), SEARCHED) == [A, C]
     unfinished = [replace(each, state="pruned") if each.point == B else each for each in SEARCHED]
     assert finalists(LOSS, unfinished) == [D, C]
