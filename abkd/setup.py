@@ -21,6 +21,7 @@ from abkd.models.students import shrink
 from abkd.parts import freeze, with_lora
 from abkd.paths import find_path
 from abkd.teachers.in_process import InProcessTeacher
+from abkd.teachers.teacher import Teacher
 from abkd.vocab import align_widths, check_same_vocabulary
 
 Say = Callable[[str], None]
@@ -30,7 +31,7 @@ Say = Callable[[str], None]
 class Setup:
     """What runs of one teacher on one data set share."""
 
-    teacher: InProcessTeacher | None
+    teacher: Teacher | None
     tokenizer: PreTrainedTokenizerBase
     train: list[Example]
     validation: list[Example]
@@ -104,7 +105,9 @@ def make_student(recipe: config.LanguageRecipe, setup: Setup, say: Say) -> PreTr
             student = load_model(path, "student.path")
             if adapter:
                 student = merge_adapter(student, adapter, "student.adapter")
-    if teacher is not None and (line := align_widths(student=student, teacher=teacher, tokenizer=setup.tokenizer)):
+    if setup.teacher is not None and (
+        line := align_widths(student=student, teacher=setup.teacher, tokenizer=setup.tokenizer)
+    ):
         say(line)
     _check_context(recipe, setup, "student", student)
     if teacher is not None:

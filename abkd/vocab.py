@@ -30,12 +30,14 @@ def check_same_vocabulary(*, student, teacher) -> None:
 
 
 def align_widths(*, student, teacher, tokenizer) -> str:
-    """Gives both models rows of logits of one length, where they differ only by the padding of the vocabulary.
+    """Gives both rows of logits of one length, where they differ only by the padding of the vocabulary.
 
-    The wider one loses its last rows of embeddings and head, in place: the same as logits of -inf there.
+    The wider one loses its last classes, in place: the same as logits of -inf there.
 
     Args:
-        student, teacher: Hugging Face models with the tokenizer `tokenizer`.
+        student: a Hugging Face model; its last rows of embeddings and head.
+        teacher: an `abkd.teachers.teacher.Teacher`.
+        tokenizer: of both.
 
     Returns:
         One line that says what was left out; empty where nothing was.
@@ -43,8 +45,7 @@ def align_widths(*, student, teacher, tokenizer) -> str:
     Raises:
         InputError: the narrower one has no logit for some token.
     """
-    models = {"student": student, "teacher": teacher}
-    widths = {name: model.get_output_embeddings().weight.shape[0] for name, model in models.items()}
+    widths = {"student": student.get_output_embeddings().weight.shape[0], "teacher": teacher.vocab}
     narrow, wide = sorted(widths, key=lambda name: widths[name])
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     if widths[narrow] < num_tokens:
@@ -54,7 +55,10 @@ def align_widths(*, student, teacher, tokenizer) -> str:
         )
     if widths[narrow] == widths[wide]:
         return ""
-    models[wide].resize_token_embeddings(widths[narrow])
+    if wide == "student":
+        student.resize_token_embeddings(widths[narrow])
+    else:
+        teacher.narrow(widths[narrow])
     return (
         f"the {wide} has {widths[wide]:,} logits a token and the {narrow} {widths[narrow]:,}: the last "
         f"{widths[wide] - widths[narrow]:,} stand for no token and are left out"

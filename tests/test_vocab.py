@@ -5,6 +5,7 @@ import torch
 from conftest import make_llama, make_tokenizer
 
 from abkd.errors import InputError
+from abkd.teachers.in_process import InProcessTeacher
 from abkd.vocab import align_widths, check_same_vocabulary
 
 
@@ -43,13 +44,17 @@ def test_as_many_tokens_are_not_the_same_tokens():
         check_same_vocabulary(student=student, teacher=teacher)
 
 
+def align(*, student, teacher, tokenizer):
+    return align_widths(student=student, teacher=InProcessTeacher(teacher), tokenizer=tokenizer)
+
+
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
 def test_equal_widths_are_left_alone(tokenizer):
     student, teacher = make_llama(1280, layers=1), make_llama(1280, layers=2)
     before = student(IDS).logits
-    assert align_widths(student=student, teacher=teacher, tokenizer=tokenizer) == ""
+    assert align(student=student, teacher=teacher, tokenizer=tokenizer) == ""
     assert torch.equal(student(IDS).logits, before) and before.shape[-1] == 1280
 
 
@@ -60,7 +65,7 @@ def test_padding_is_left_out_of_the_wider_one(tokenizer, wide, tied):
     models = {name: make_llama(width, layers=1, tied=tied) for name, width in widths.items()}
     other = "teacher" if wide == "student" else "student"
     before = {name: model(IDS).logits for name, model in models.items()}
-    assert align_widths(**models, tokenizer=tokenizer) == (
+    assert align(**models, tokenizer=tokenizer) == (
         f"the {wide} has 1,280 logits a token and the {other} {len(tokenizer)}: the last {1280 - len(tokenizer)} stand "
         "for no token and are left out"
     )
@@ -77,7 +82,7 @@ def test_padding_is_left_out_of_the_wider_one(tokenizer, wide, tied):
 def test_a_model_without_a_logit_for_some_token_is_refused(tokenizer, narrow):
     models = {name: make_llama(280 if name == narrow else len(tokenizer), layers=1) for name in ("student", "teacher")}
     with pytest.raises(InputError) as caught:
-        align_widths(**models, tokenizer=tokenizer)
+        align(**models, tokenizer=tokenizer)
     assert str(caught.value) == (
         f"the {narrow} has 280 logits a token, and the tokenizer's ids go up to {len(tokenizer) - 1}; "
         f"choose a {narrow} made for this tokenizer"

@@ -1,5 +1,7 @@
 """A frozen model in the same process as the student."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -7,10 +9,11 @@ from transformers import PreTrainedModel
 from abkd.errors import InputError
 from abkd.head import LMHead, check_head, check_packing, completion_hidden, completion_logits
 from abkd.targets import DenseTargets, HiddenTargets, Targets
+from abkd.teachers.teacher import Teacher
 
 
-class InProcessTeacher:
-    """Gives logits, or what stands for them, at the completion tokens of a batch; never trains, never keeps a graph.
+class InProcessTeacher(Teacher):
+    """A model that reads each batch.
 
     Args:
         model: a causal language model. It is frozen and put in evaluation mode, in place.
@@ -23,6 +26,8 @@ class InProcessTeacher:
         InputError: pack, and packed examples see each other in the model.
     """
 
+    model: PreTrainedModel
+
     def __init__(self, model: PreTrainedModel, *, remember: bool = False, pack: bool = False):
         self.model = model.eval().requires_grad_(False)
         self.remember, self.pack = remember, pack
@@ -31,24 +36,29 @@ class InProcessTeacher:
         self._hidden: dict[int, Tensor] = {}  # example id -> [num_tokens, hidden]
         self._no_head: str | None = None  # why LMHead cannot be read, empty where it can; None until it is checked
 
-    @torch.no_grad()
-    def logits(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, example_ids: Tensor) -> Tensor:
-        """`[N, vocab]`, the rows of `completion_logits`.
+    @property
+    def vocab(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
 
-        Args:
-            input_ids, attention_mask: `[batch, length]`.
-            mask: bool `[batch, length - 1]`, True at (b, t) counts the prediction of token t + 1.
-            example_ids: `[batch]`, what `remember` goes by.
-        """
-        inputs = self._on_device(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
+    def narrow(self, vocab: int) -> None:
+        self.model.resize_token_embeddings(vocab)
+
+    @torch.no_grad()
+    def logits(self, **batch: Any) -> Tensor:
+        """`[N, vocab]`, the rows of `completion_logits`; arguments as `targets`."""
+        example_ids = batch.pop("example_ids")
+        inputs = self._on_device(**batch)
         if not self.remember:
             return completion_logits(self.model, **inputs, packed=self.pack)
-        hidden = self._remembered(example_ids, **inputs)
-        return LMHead.read(self.model).logits(hidden)
+        return LMHead.read(self.model).logits(self._remembered(example_ids, **inputs))
 
     @torch.no_grad()
     def targets(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, example_ids: Tensor) -> Targets:
-        """Hidden states with the head where the head can be read, else logits. Arguments as `logits`."""
+        """Hidden states with the head where the head can be read, else logits.
+
+        Args:
+            example_ids: `[batch]`, what `remember` goes by.
+        """
         inputs = self._on_device(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
         if self.remember:
             return HiddenTargets(self._remembered(example_ids, **inputs), LMHead.read(self.model))

@@ -19,7 +19,7 @@ from abkd.evaluation.fidelity import fidelity
 from abkd.head import LMHead, check_head, check_packing, completion_hidden, completion_logits
 from abkd.objective import Objective, completion_mask
 from abkd.targets import DenseTargets, HiddenTargets, Targets
-from abkd.teachers.in_process import InProcessTeacher
+from abkd.teachers.teacher import Teacher
 from abkd.trainer.loop import VALIDATION_DIVERGENCES, AbstractDistillationTrainer
 
 
@@ -28,7 +28,7 @@ class DistillationTrainer(AbstractDistillationTrainer):
 
     Args:
         model: a causal language model; what is to stay fixed has `requires_grad=False`.
-        teacher: gives the logits at the completion tokens; not trained, not saved. None where kd_weight is 0.
+        teacher: gives targets at the completion tokens; not trained, not saved. None where kd_weight is 0.
         objective: calibration and divergence, weights.
         train_examples, validation_examples: tokenised instructions.
         tokenizer: pads the batches, and is saved beside the student.
@@ -53,7 +53,7 @@ class DistillationTrainer(AbstractDistillationTrainer):
         *,
         model: PreTrainedModel,
         args: TrainingArguments,
-        teacher: InProcessTeacher | None,
+        teacher: Teacher | None,
         objective: Objective,
         train_examples: Sequence[Example],
         validation_examples: Sequence[Example],
@@ -112,7 +112,7 @@ class DistillationTrainer(AbstractDistillationTrainer):
             loss = objective.linear(student_hidden=hidden, student_head=head, targets=targets, **counted)
         else:
             teacher_logits = teacher.logits(**teach).to(labels.device) if teacher else None
-            targets = None if teacher_logits is None else DenseTargets(teacher_logits)
+            targets = DenseTargets(teacher_logits) if isinstance(teacher_logits, Tensor) else teacher_logits
             logits = completion_logits(model, **batch, packed=self.pack)
             rows = DenseTargets(logits.detach())
             loss = objective(student_logits=logits, teacher_logits=teacher_logits, **counted)
