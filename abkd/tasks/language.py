@@ -75,7 +75,7 @@ def _generate_of(recipe: config.LanguageRecipe, student: PreTrainedModel) -> Cal
 def place(recipe: config.LanguageRecipe, setup: Setup, student: PreTrainedModel, device: torch.device) -> None:
     """Student and teacher where this rank trains: whole, but the teacher of fsdp2; a quantised one is there already."""
     student.to(device)
-    model = setup.teacher and setup.teacher.model
+    model = None if setup.teacher is None else setup.teacher.model
     if model is None or recipe.teacher is None or recipe.teacher.quantization != "none":
         return
     if recipe.training.engine == "fsdp2":
