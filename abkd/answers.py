@@ -17,8 +17,9 @@ from abkd.errors import InputError
 from abkd.fit import device_of
 from abkd.generation import Sampling, generate_ids
 from abkd.inputs import Inputs
+from abkd.language_teachers import load_teacher, tokenizer_of
 from abkd.parts import make_vllm
-from abkd.setup import Say, load_teacher, tokenizer_of
+from abkd.setup import Say
 
 Prompt = tuple[Instruction, list[int]]
 
@@ -47,7 +48,7 @@ def write_answers(
     Raises:
         InputError: `file` was made with other options, or is not one of these files.
     """
-    assert recipe.teacher is not None
+    assert isinstance(recipe.teacher, config.InProcess)
     tokenizer = tokenizer_of(recipe)
     prompts = _prompts(recipe, inputs, tokenizer)
     options = {"teacher": recipe.teacher.model_dump(exclude={"kind", "remember"}), **asdict(sampling)}

@@ -109,11 +109,10 @@ Save this as `recipe.yaml`, then `{again}`:
 
 def _front_matter(recipe: LanguageRecipe) -> ModelCardData:
     """What a hub indexes. Of models and data only those that are on a hub."""
-    start = recipe.student if recipe.student.kind == "pretrained" else recipe.teacher
-    assert start is not None
+    start = recipe.student.path or getattr(recipe.teacher, "path", "")
     is_adapter = recipe.student.lora is not None and not recipe.student.lora.merge
     return ModelCardData(
-        base_model=start.path if find_model(start.path, "student.path") is None else None,
+        base_model=start if find_model(start, "student.path") is None else None,
         datasets=None if find_path(recipe.data.train, "data.train").exists() else [recipe.data.train],
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
@@ -127,14 +126,19 @@ def _made(recipe: LanguageRecipe, results: dict[str, Any]) -> str:
         steps += f", of which it is step {results['student_step']:,}, the best by {recipe.training.keep_best}"
     lora = f", with LoRA of rank {recipe.student.lora.rank}" if recipe.student.lora else ""
     data = f"on `{recipe.data.train}` for {steps}{lora}"
-    start = "" if recipe.student.kind == "shrink" else f"`{recipe.student.path}`, "
+    start = f"`{recipe.student.path}`, " if recipe.student.path else ""
     if recipe.teacher is None:
         return f"{start}fine-tuned {data}."
     if recipe.student.kind == "shrink":
         kept = recipe.student.keep_layers or len(recipe.student.layers)
-        start = f"{kept} layers of its teacher, "
+        start = f"{kept} layers of {f'`{recipe.student.path}`' if recipe.student.path else 'its teacher'}, "
     objective = results["calibration"] if recipe.objective.calibration else results["divergence"]
-    return f"{start}distilled from `{recipe.teacher.path}` under {objective} {data}."
+    return f"{start}distilled from {_teachers(recipe)} under {objective} {data}."
+
+
+def _teachers(recipe: LanguageRecipe) -> str:
+    names = [f"`{getattr(each, 'model', '') or getattr(each, 'path', '')}`" for each in recipe.teachers]
+    return names[0] if len(names) == 1 else f"a mixture of {' and '.join(names)}"
 
 
 def _table(results: dict[str, Any], named: dict[str, str]) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from abkd import ranks
-from abkd.config import LanguageRecipe, Recipe
+from abkd.caching import options as cache_options
+from abkd.config import InProcess, LanguageRecipe, Recipe
 from abkd.errors import InputError
 from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.rundir import RECIPE, RunDir
@@ -117,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--batch-size", type=_count, default=16)
     generate.add_argument("--seed", type=int, default=0)
     add_overrides(generate)
+    cache = add("cache", _cache, "write the teacher's targets down; or verify a cache, or say what it is")
+    cache.add_argument("recipe", help=f"{_RECIPE_HELP}; or verify FOLDER, or info FOLDER")
+    cache_options.add_arguments(cache)
+    add_overrides(cache)
     report = add("report", _report, "write one HTML file about runs: results, curves, the plane, answers, cost")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs, finished or not")
     report.add_argument("--output", metavar="FILE.html", type=Path, default=Path("report.html"))
@@ -255,8 +260,9 @@ def _check_comparable(recipes: dict[str, Recipe]) -> None:
 def _generate(options: argparse.Namespace) -> int:
     _one_process("generate")
     recipe = _language_recipe("generate", options)
-    if recipe.teacher is None:
-        raise InputError("teacher: there is none to write answers; set teacher.path=PATH")
+    if not isinstance(recipe.teacher, InProcess):
+        found = "there is none" if recipe.teacher is None else f"kind={recipe.teacher.kind} loads none"
+        raise InputError(f"teacher: {found} to write answers; set teacher.kind=in_process teacher.path=PATH")
     from abkd.inputs import check_language_inputs, check_vllm
 
     memory = options.vllm_memory if options.engine == "vllm" else None
@@ -337,6 +343,43 @@ def _report(options: argparse.Namespace) -> int:
     write_report(options.runs, options.output, metric=options.metric)
     _say(f"the report is in {options.output}")
     return DONE
+
+
+def _cache(options: argparse.Namespace) -> int:
+    _one_process("cache")
+    if options.recipe in ("verify", "info"):
+        return _look_at_cache(options.recipe, options.overrides)
+    wanted = cache_options.options_of(options)
+    if not options.output:
+        raise InputError("--output: missing; give the folder of the cache")
+    recipe = read_recipe(options.recipe, options.overrides).model_copy(update={"run_dir": "-", "resume": False})
+    from abkd.inputs import Inputs, check_inputs
+
+    inputs = check_inputs(recipe)
+    _say("loading torch and transformers")
+    _quieten_libraries()
+    from abkd.caching.texts import cache_texts
+
+    assert isinstance(recipe, LanguageRecipe) and isinstance(inputs, Inputs)
+    cache_texts(recipe, inputs, wanted, Path(options.output), _say)
+    return DONE
+
+
+def _look_at_cache(what: str, folders: Sequence[str]) -> int:
+    if len(folders) != 1:
+        raise InputError(f"cache {what}: give the folder of one cache, got {len(folders)}")
+    from abkd.caching.looking import describe_cache, verify_cache
+
+    if what == "info":
+        for line in describe_cache(Path(folders[0])):
+            _say(line)
+        return DONE
+    problems = verify_cache(Path(folders[0]))
+    for problem in problems:
+        print(f"abkd: {problem}", file=sys.stderr)
+    if not problems:
+        _say(f"{folders[0]}: every shard is what its checksum says")
+    return USERS_MISTAKE if problems else DONE
 
 
 def _recipes(options: argparse.Namespace) -> int:

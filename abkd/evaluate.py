@@ -30,8 +30,8 @@ def evaluate(targets: Mapping[str, Target], inputs: Any, say: Say) -> dict[str, 
     task = task_of(first.recipe)
     setup = task.prepare(first.recipe, inputs, say)
     measured: dict[str, Any] = {}
-    if setup.teacher is not None:
-        measured["teacher"] = task.measure(first.recipe, setup, task.teacher_model(setup), _keep(first, "teacher"))
+    if (teacher := task.teacher_model(setup)) is not None:
+        measured["teacher"] = task.measure(first.recipe, setup, teacher, _keep(first, "teacher"))
     before: dict[str, str] = {}
     for name, target in targets.items():
         student = target.before.student.model_dump_json()

@@ -41,8 +41,10 @@ def say_memory(recipe: LanguageRecipe, say: Callable[[str], None], train: Sequen
 
 def _not_simulated(recipe: LanguageRecipe) -> str:
     """Why `step_memory_of` would be wrong; empty where it is right."""
-    if recipe.teacher and recipe.teacher.quantization != "none":
+    if any(getattr(teacher, "quantization", "none") != "none" for teacher in recipe.teachers):
         return "the teacher is quantised"
+    if isinstance(recipe.teacher, config.Mixture):
+        return "there are several teachers"
     if recipe.student.lora:  # peft does not bear tensors without values
         return "student.lora trains an adapter"
     if recipe.training.engine != "ddp":
@@ -66,11 +68,13 @@ def step_memory_of(recipe: LanguageRecipe, train: Sequence[Example] = ()) -> Ste
     objective = make_objective(recipe.objective).at(1.0)
 
     def make_models() -> tuple[PreTrainedModel, PreTrainedModel | None]:
-        named = recipe.teacher
-        teacher = named and load_skeleton(named.path, "teacher.path", named.dtype)
+        teacher = None  # one that is cached or served takes no memory here
+        if isinstance(named := recipe.teacher, config.InProcess):
+            teacher = load_skeleton(named.path, "teacher.path", named.dtype)
         match recipe.student:
-            case config.Shrink() as section:
-                student = shrink(teacher, section.layers or section.keep_layers).float()
+            case config.Shrink(path=path) as section:
+                source = load_skeleton(path, "student.path") if path else teacher
+                student = shrink(source, section.layers or section.keep_layers).float()
             case config.Pretrained(path=path):
                 student = load_skeleton(path, "student.path")
         freeze(student, recipe.student)
@@ -119,7 +123,7 @@ def _savings(recipe: LanguageRecipe) -> Iterator[dict[str, Any]]:
     """Overrides that save memory and change little else, the mildest first."""
     if recipe.training.logits == "dense":
         yield {"training.logits": "auto"}
-    if recipe.teacher and recipe.teacher.dtype == "float32":
+    if isinstance(recipe.teacher, config.InProcess) and recipe.teacher.dtype == "float32":
         yield {"teacher.dtype": "bfloat16"}
     size, accumulation = recipe.training.batch_size, recipe.training.accumulation
     if not recipe.training.activation_checkpointing:

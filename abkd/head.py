@@ -1,7 +1,7 @@
 """The output head: what it computes, read off a model, and its inputs and outputs at the tokens that count."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class LMHead:
     def tensors(self) -> list[Tensor]:
         """The weight, and the bias where there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def to(self, device: torch.device | str) -> "LMHead":
+        """The same on another device."""
+        return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., vocab]` of hidden states `[..., hidden]`, in fp32 at least, differentiable."""

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from abkd.config import ImageRecipe, LanguageRecipe, Recipe
+from abkd.config import Cached, ImageRecipe, InProcess, LanguageRecipe, Mixture, Pretrained, Recipe, Served
 from abkd.data.instructions import Instruction, hold_out, read_instructions
 from abkd.errors import InputError
 from abkd.image_inputs import ImageInputs, check_image_inputs
@@ -13,6 +13,7 @@ from abkd.models.pretrained import find_model
 from abkd.paths import find_path
 from abkd.ranks import is_first, num_ranks
 from abkd.rundir import ENVIRONMENT, RECIPE, RunDir
+from abkd.teachers.cache.manifest import Manifest
 
 
 class Inputs(NamedTuple):
@@ -52,15 +53,24 @@ def check_inputs(recipe: Recipe) -> Inputs | ImageInputs:
 
 def check_language_inputs(recipe: LanguageRecipe) -> Inputs:
     _check_packages(recipe)
-    named = {"teacher.path": recipe.teacher.path} if recipe.teacher else {}
-    adapters = {"teacher.adapter": recipe.teacher.adapter} if recipe.teacher else {}
-    if recipe.student.kind == "pretrained":
+    named, adapters, models = {}, {}, []
+    for field, teacher in named_teachers(recipe).items():
+        match teacher:
+            case InProcess(path=path, adapter=adapter):
+                named[f"{field}.path"], adapters[f"{field}.adapter"] = path, adapter
+            case Cached():
+                models.append(_check_cache(recipe, teacher, field))
+            case Served(url=url, model=model):
+                models.append(f"{field}: {model} at {url}")
+                if teacher.tokenizer:
+                    named[f"{field}.tokenizer"] = teacher.tokenizer
+    if recipe.student.path:
         named["student.path"] = recipe.student.path
+    if isinstance(recipe.student, Pretrained):
         adapters["student.adapter"] = recipe.student.adapter
     for field, path in adapters.items():
         if path:
             find_adapter(path, field)
-    models = []
     for field, path in named.items():
         found = find_model(path, field)
         models.append(f"{field}: {path} ({found if found else 'from the model hub'})")
@@ -84,15 +94,41 @@ def check_language_inputs(recipe: LanguageRecipe) -> Inputs:
     return Inputs(train, validation[: recipe.data.max_validation_rows or None], sets, models)
 
 
+def named_teachers(recipe: LanguageRecipe) -> dict[str, InProcess | Cached | Served]:
+    """Each teacher under the field that holds its section."""
+    if isinstance(recipe.teacher, Mixture):
+        return {f"teacher.teachers.{index}": each for index, each in enumerate(recipe.teachers)}
+    return {"teacher": recipe.teacher} if recipe.teacher else {}
+
+
+def _check_cache(recipe: LanguageRecipe, section: Cached, field: str) -> str:
+    """The cache must be whole, of texts, and its targets of a kind that the objective can use."""
+    folder = find_path(section.path, f"{field}.path")
+    manifest = Manifest.read(folder, f"{field}.path")
+    manifest.check_task("language_model", f"{field}.path")
+    manifest.check_complete(folder, f"{field}.path")
+    manifest.check_tail(section.tail, f"{field}.tail")
+    if recipe.objective.calibration is not None and manifest.is_reduced:
+        raise InputError(
+            f"objective.calibration.kind={recipe.objective.calibration.kind} compares whole rows of logits, and "
+            f"{field}.path={section.path!r} holds {manifest.described}; use objective.divergence, or cache hidden "
+            "states"
+        )
+    return f"{field}: {manifest.described}, {manifest.num_examples:,} examples, {manifest.num_tokens:,} tokens"
+
+
 def _check_packages(recipe: LanguageRecipe) -> None:
     """What only some recipes need, and an installation may be without."""
-    teacher, student = recipe.teacher, recipe.student
-    adapter = student.adapter if student.kind == "pretrained" else ""
+    student = recipe.student
+    loaded = [teacher for teacher in recipe.teachers if isinstance(teacher, InProcess)]
+    adapter = student.adapter if isinstance(student, Pretrained) else ""
     needed = {
         ("peft", "lora", "student.lora"): student.lora is not None,
         ("peft", "lora", "student.adapter"): bool(adapter),
-        ("peft", "lora", "teacher.adapter"): bool(teacher and teacher.adapter),
-        ("bitsandbytes", "quantization", "teacher.quantization"): bool(teacher and teacher.quantization != "none"),
+        ("peft", "lora", "teacher.adapter"): any(teacher.adapter for teacher in loaded),
+        ("bitsandbytes", "quantization", "teacher.quantization"): any(
+            teacher.quantization != "none" for teacher in loaded
+        ),
         ("deepspeed", "deepspeed", "training.engine"): recipe.training.engine == "zero2",
     }
     for (package, extra, field), is_needed in needed.items():

@@ -22,9 +22,9 @@ from abkd.trainer import VALIDATION_DIVERGENCES
 def measure_before(
     recipe: config.LanguageRecipe, setup: Setup, student: PreTrainedModel, keep: Path | None = None
 ) -> dict[str, Any]:
-    """What `measure` says of the teacher, if there is one, and of the untrained student."""
+    """What `measure` says of the teacher, if it is a model in this process, and of the untrained student."""
     teacher = {}
-    if setup.teacher is not None:
+    if setup.teacher is not None and setup.teacher.model is not None:
         teacher["teacher"] = measure(recipe, setup, setup.teacher.model, keep and keep / "teacher")
     return teacher | {"before": measure(recipe, setup, student, keep and keep / "before")}
 

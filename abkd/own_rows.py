@@ -43,7 +43,9 @@ def rows_of_recipe(recipe: config.Recipe, inputs: Any, say: Say, num_rows: int =
     counted = completion_mask(batch["labels"])
     batch["mask"] = counted & (counted.cumsum(1) == 1)  # the first token of each completion
     given: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "mask")}
-    student, teacher = (completion_logits(model, **given) for model in (shrunk, language.teacher_model(texts)))
+    student = completion_logits(shrunk, **given)
+    assert texts.teacher is not None
+    teacher = texts.teacher.targets(**given, example_ids=batch["example_ids"]).logits(0, len(student))
     decode = texts.tokenizer.decode
     prompts = [decode(example.prompt_ids, skip_special_tokens=True).split() for example in texts.train]
     return rows_of(

@@ -13,6 +13,8 @@ from abkd.config import TASKS, Recipe
 from abkd.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
+_DEFAULT_KINDS = {"teacher": "in_process"}
+"""Of sections that need not say theirs."""
 
 
 def recipe_names() -> dict[str, str]:
@@ -100,13 +102,18 @@ def _read(file: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
 
 def _lay_over(content: dict[str, Any], new: dict[str, Any]) -> None:
     """Sets the keys of `new`, section by section; a section of another kind takes the place of the old one."""
-    if "kind" in new and content.get("kind", new["kind"]) != new["kind"]:
-        content.clear()
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(content.get(key), dict):
+            _start_afresh(key, content[key], value)
             _lay_over(content[key], value)
         else:
             content[key] = value
+
+
+def _start_afresh(name: str, section: dict[str, Any], new: dict[str, Any]) -> None:
+    """Empties a section that is about to become one of another kind."""
+    if "kind" in new and section.get("kind", _DEFAULT_KINDS.get(name, new["kind"])) != new["kind"]:
+        section.clear()
 
 
 def parse_recipe(content: dict[str, Any]) -> Recipe:
@@ -142,7 +149,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         section = section[parent]
         if not isinstance(section, dict):
             raise InputError(f"{key}: {parent!r} is a single value, not a section")
-    _lay_over(section, {last: value if text else ""} if last == "kind" else {})
+    if last == "kind" and parents:
+        _start_afresh(parents[-1], section, {last: value})
     section[last] = value if text else ""
 
 
@@ -193,6 +201,11 @@ def _walk(content: Any, loc: tuple, recipe: type[Recipe]) -> tuple[list[str], An
     path: list[str] = []
     value, model, holder = content, recipe, recipe
     for part in loc:
+        if isinstance(value, list | tuple) and isinstance(part, int):
+            name, value = path[-1], value[part]
+            path.append(str(part))
+            model = _model_of(holder, name, value)
+            continue
         is_written = isinstance(value, dict) and part in value
         if not is_written and part not in _keys(model):
             continue  # the tag of a union
@@ -209,7 +222,11 @@ def _model_of(model: Any, name: Any, value: Any) -> Any:
     members = _members(model.model_fields[name].annotation)
     for member in members:
         kind = member.model_fields.get("kind")
-        named = isinstance(value, dict) and kind is not None and value.get("kind") in typing.get_args(kind.annotation)
+        named = (
+            isinstance(value, dict)
+            and kind is not None
+            and value.get("kind", kind.default) in typing.get_args(kind.annotation)
+        )
         if kind is None or len(members) == 1 or named:
             return member
     return None

@@ -15,12 +15,12 @@ from abkd.errors import InputError
 from abkd.evaluation.sets import EvaluationSet
 from abkd.fit import say_memory
 from abkd.inputs import Inputs
+from abkd.language_teachers import make_teacher, tokenizer_of
 from abkd.models.adapters import merge_adapter
 from abkd.models.pretrained import load_model, load_tokenizer
 from abkd.models.students import shrink
 from abkd.parts import freeze, with_lora
 from abkd.paths import find_path
-from abkd.teachers.in_process import InProcessTeacher
 from abkd.teachers.teacher import Teacher
 from abkd.vocab import align_widths, check_same_vocabulary
 
@@ -60,26 +60,10 @@ def prepare(recipe: config.LanguageRecipe, inputs: Inputs, say: Say, to_train: b
         if recipe.data.corpus:
             corpus = _read_corpus(recipe, tokenizer, say)
         say_memory(recipe, say, train)
-    if recipe.teacher is None:
-        return Setup(None, tokenizer, train, validation, sets, corpus)
-    say(f"loading the teacher {recipe.teacher.path}")
-    model, pack = load_teacher(recipe.teacher), recipe.training.pack
-    teacher = InProcessTeacher(model, remember=recipe.teacher.remember, pack=pack)
-    return Setup(teacher, tokenizer, train, validation, sets, corpus)
-
-
-def load_teacher(section: config.InProcess) -> PreTrainedModel:
-    """With its adapter in its weights, or quantised."""
-    model = load_model(section.path, "teacher.path", section.dtype, section.quantization)
-    return merge_adapter(model, section.adapter, "teacher.adapter") if section.adapter else model
-
-
-def tokenizer_of(recipe: config.LanguageRecipe) -> PreTrainedTokenizerBase:
-    """The teacher's, or without a teacher the student's own."""
+    teacher = None
     if recipe.teacher is not None:
-        return load_tokenizer(recipe.teacher.path, "teacher.path")
-    assert isinstance(recipe.student, config.Pretrained)
-    return load_tokenizer(recipe.student.path, "student.path")
+        teacher = make_teacher(recipe, tokenizer, [*train, *validation], say)
+    return Setup(teacher, tokenizer, train, validation, sets, corpus)
 
 
 def _read_corpus(recipe: config.LanguageRecipe, tokenizer: PreTrainedTokenizerBase, say: Say) -> Tensor:
@@ -95,23 +79,22 @@ def _read_corpus(recipe: config.LanguageRecipe, tokenizer: PreTrainedTokenizerBa
 def make_student(recipe: config.LanguageRecipe, setup: Setup, say: Say) -> PreTrainedModel:
     """The student before training, with the teacher's vocabulary: refused, or the wider of the two cut, if not."""
     set_seed(recipe.training.seed)
-    teacher = setup.teacher and setup.teacher.model
-    match recipe.student:
-        case config.Shrink() as section:
-            student = shrink(teacher, section.layers or section.keep_layers).float()
+    section, teacher = recipe.student, setup.teacher
+    if section.path and teacher is not None:
+        check_same_vocabulary(student=load_tokenizer(section.path, "student.path"), teacher=setup.tokenizer)
+    match section:
+        case config.Shrink(path=path):
+            source = load_model(path, "student.path") if path else teacher and teacher.model
+            student = shrink(source, section.layers or section.keep_layers).float()
         case config.Pretrained(path=path, adapter=adapter):
-            if teacher is not None:
-                check_same_vocabulary(student=load_tokenizer(path, "student.path"), teacher=setup.tokenizer)
             student = load_model(path, "student.path")
             if adapter:
                 student = merge_adapter(student, adapter, "student.adapter")
-    if setup.teacher is not None and (
-        line := align_widths(student=student, teacher=setup.teacher, tokenizer=setup.tokenizer)
-    ):
+    if teacher is not None and (line := align_widths(student=student, teacher=teacher, tokenizer=setup.tokenizer)):
         say(line)
     _check_context(recipe, setup, "student", student)
-    if teacher is not None:
-        _check_context(recipe, setup, "teacher", teacher)
+    if teacher is not None and teacher.model is not None:
+        _check_context(recipe, setup, "teacher", teacher.model)
     freeze(student, recipe.student)
     return with_lora(student, recipe.student.lora)
 

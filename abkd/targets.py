@@ -1,10 +1,12 @@
 """What a teacher gives for N tokens. Each kind hands out the logits of a range of rows, so that nobody needs all."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from abkd import ranges
@@ -159,6 +161,62 @@ class TopKTargets:
         log_weights = log_weights.masked_fill(counts.isinf(), 0.0).masked_fill(log_probs.isneginf(), -math.inf)
         rest = rows.scatter_add(-1, ids, marks_of_kept(log_probs)).logsumexp(-1)
         return cls(ids, log_probs, rest, rows.shape[1], "sampled", temperature, log_weights.to(rows.dtype))
+
+    @classmethod
+    def cat(cls, parts: Sequence["TopKTargets"]) -> "TopKTargets":
+        """The rows of all parts, which differ in nothing else but k."""
+        k = max(part.ids.shape[1] for part in parts)
+
+        def whole(name: str, nothing: float) -> Tensor:
+            return torch.cat([F.pad(x, (0, k - x.shape[1]), value=nothing) for x in (getattr(p, name) for p in parts)])
+
+        log_weights = None if parts[0].log_weights is None else whole("log_weights", -math.inf)
+        rest = torch.cat([part.tail_log_mass for part in parts])
+        return replace(
+            parts[0],
+            ids=whole("ids", 0),
+            log_probs=whole("log_probs", -math.inf),
+            tail_log_mass=rest,
+            log_weights=log_weights,
+        )
+
+    def between(self, start: int, stop: int) -> "TopKTargets":
+        """A range of rows."""
+        given = {name: getattr(self, name) for name in ("ids", "log_probs", "tail_log_mass", "log_weights")}
+        return replace(self, **{name: x[start:stop] for name, x in given.items() if x is not None})
+
+    def within(self, top_p: float) -> "TopKTargets":
+        """Of each row the fewest classes that together hold `top_p`, one at least, or all; the first come first.
+
+        Args:
+            top_p: 0 < top_p <= 1. The classes of a row stand in falling order, as `of_logits` gives them.
+        """
+        before = self.log_probs.exp().cumsum(-1) - self.log_probs.exp()
+        return self._without(before >= top_p)
+
+    def narrowed(self, vocab: int) -> "TopKTargets":
+        """Without the classes from `vocab` on, as if their logits were -inf; those not kept are not known, and stay."""
+        if vocab == self.vocab:
+            return self
+        is_out = self.ids >= vocab
+        log_probs = self.log_probs.masked_fill(is_out, -math.inf)
+        excess = _log_mass(log_probs, self.tail_log_mass)
+        return replace(
+            self,
+            ids=self.ids.masked_fill(is_out, 0),
+            log_probs=log_probs - excess.unsqueeze(-1),
+            tail_log_mass=self.tail_log_mass - excess,
+            vocab=vocab,
+        )
+
+    def _without(self, is_out: Tensor) -> "TopKTargets":
+        """With those entries in the rest."""
+        dropped = self.log_probs.masked_fill(~is_out, -math.inf).logsumexp(-1)
+        return replace(
+            self,
+            log_probs=self.log_probs.masked_fill(is_out, -math.inf),
+            tail_log_mass=torch.logaddexp(self.tail_log_mass, dropped),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -416,7 +416,7 @@ def test_every_mistake_of_a_recipe_is_a_line_of_its_own(recipe_file):
     assert (done.code, done.out) == (2, "")
     assert done.err.splitlines() == [
         "abkd: student.keep_layer: unknown key; did you mean 'keep_layers'? known here are freeze_embeddings, "
-        "keep_layers, kind, layers, lora",
+        "keep_layers, kind, layers, lora, path",
         "abkd: objective.divergence.alpha: nan is refused: input should be a finite number",
     ]
 

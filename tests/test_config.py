@@ -105,7 +105,8 @@ def test_supervised_fine_tuning_has_no_teacher_and_no_divergence(minimal_file):
         ),
         (
             ["teacher=null", *FINE_TUNING],
-            "recipe: student.kind=shrink needs a teacher to shrink; set teacher.path, or student.kind=pretrained",
+            "recipe: student.kind=shrink needs a teacher to shrink; set teacher.path, student.path to the model that "
+            "is to be shrunk, or student.kind=pretrained",
         ),
         (
             ["objective.divergence=null"],
@@ -120,7 +121,7 @@ def test_what_lacks_a_teacher_or_a_divergence_is_refused(minimal_file, overrides
 UNKNOWN_KEYS = {
     "objective.divergence.alpah=1": "did you mean 'alpha'? known here are alpha, beta, kind",
     "student.keep_layer=2": "did you mean 'keep_layers'? known here are "
-    "freeze_embeddings, keep_layers, kind, layers, lora",
+    "freeze_embeddings, keep_layers, kind, layers, lora, path",
     "teacher.pth=/x": "did you mean 'path'? known here are adapter, dtype, kind, path, quantization, remember",
     "nonsense=1": f"known here are {SECTIONS}",
 }
@@ -148,7 +149,7 @@ WRONG_KINDS = {
         f"objective.divergence.kind: 'jensen' is unknown; use one of {DIVERGENCE_KINDS}"
     ),
     "objective.divergence={alpha: 1}": (f"objective.divergence.kind: missing; use one of {DIVERGENCE_KINDS}"),
-    "teacher={kind: server, path: x}": "teacher.kind: 'server' is refused: input should be 'in_process'",
+    "teacher={kind: server, path: x}": "teacher.kind: 'server' is unknown; use one of 'in_process', 'cached', 'served', 'mixture'",
 }
 
 
@@ -482,7 +483,7 @@ def test_a_calibration_takes_the_place_of_the_divergence_in_one_line(minimal_fil
         ),
         (
             ["objective.divergence=null", "objective.calibration={kind: mlkd, temperatures: [2, 0]}"],
-            "objective.calibration.temperatures: [2, 0] is refused: input should be greater than 0",
+            "objective.calibration.temperatures.1: 0 is refused: input should be greater than 0",
         ),
         (
             ["objective.divergence=null", "objective.calibration={kind: mlkd, temperatures: []}"],

@@ -11,7 +11,6 @@ from abkd.config.language import (
     Data,
     Evaluation,
     Fixed,
-    InProcess,
     LanguageRecipe,
     LoRA,
     Pretrained,
@@ -20,6 +19,7 @@ from abkd.config.language import (
     Student,
 )
 from abkd.config.objective import TEMPERATURES, Calibration, Divergence, Objective, Ramp
+from abkd.config.teachers import Cached, InProcess, Mixture, Served
 from abkd.config.training import Training
 
 TASKS: dict[str, type[Recipe]] = {"language_model": LanguageRecipe, "image_classification": ImageRecipe}
@@ -28,6 +28,7 @@ TASKS: dict[str, type[Recipe]] = {"language_model": LanguageRecipe, "image_class
 __all__ = [
     "TASKS",
     "TEMPERATURES",
+    "Cached",
     "Calibration",
     "Data",
     "Divergence",
@@ -38,11 +39,13 @@ __all__ = [
     "InProcess",
     "LanguageRecipe",
     "LoRA",
+    "Mixture",
     "Objective",
     "Pretrained",
     "Ramp",
     "Recipe",
     "Rollouts",
+    "Served",
     "Shrink",
     "Student",
     "Training",

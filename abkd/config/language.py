@@ -6,31 +6,8 @@ from pydantic import Field, model_validator
 
 from abkd.config.fields import Count, CountOrZero, NonNegative, Positive, Recipe, Section
 from abkd.config.objective import Objective
+from abkd.config.teachers import Cached, InProcess, Mixture, Served, Teacher
 from abkd.config.training import Training
-
-
-class InProcess(Section):
-    """A frozen model beside the student."""
-
-    kind: Literal["in_process"] = "in_process"
-    path: str
-    """A model folder, a .gguf file or its folder, package:NAME, or a hub id owner/name."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    adapter: str = ""
-    """The folder or hub id of a LoRA adapter for this model, merged into it when it is loaded."""
-    quantization: Literal["none", "int8", "nf4"] = "none"
-    """The weights of its linear layers in 8 or 4 bits, by bitsandbytes; the rest, and what is computed, in dtype."""
-    remember: bool = False
-    """Keep each example's last hidden states in main memory: the teacher runs once per example, not once per epoch."""
-
-    @model_validator(mode="after")
-    def _whole_weights_to_merge_into(self):
-        if self.adapter and self.quantization != "none":
-            raise ValueError(
-                f"adapter={self.adapter!r} cannot be merged into weights of quantization={self.quantization}; "
-                "set quantization=none, or give a merged model (student.lora.merge=true writes one)"
-            )
-        return self
 
 
 class LoRA(Section):
@@ -62,9 +39,11 @@ class Pretrained(Section):
 
 
 class Shrink(Section):
-    """The teacher with some of its layers. Either keep_layers or layers says which."""
+    """The teacher, or another model, with some of its layers. Either keep_layers or layers says which."""
 
     kind: Literal["shrink"]
+    path: str = ""
+    """The model that is shrunk, as teacher.path; empty is the teacher."""
     keep_layers: CountOrZero = 0
     """How many, evenly spaced, first and last included."""
     layers: tuple[CountOrZero, ...] = ()
@@ -278,7 +257,7 @@ class Evaluation(Section):
 
 class LanguageRecipe(Recipe):
     task: Literal["language_model"]
-    teacher: InProcess | None = None
+    teacher: Teacher | None = None
     """None for supervised fine-tuning: a pretrained student, objective.kd_weight=0 and objective.ce_weight=1."""
     student: Student
     data: Data
@@ -295,9 +274,11 @@ class LanguageRecipe(Recipe):
                 "there is no teacher; set teacher.path=PATH, or for supervised fine-tuning objective.kd_weight=0 "
                 "objective.ce_weight=1"
             )
-        if self.teacher is None and self.student.kind == "shrink":
+        if isinstance(self.student, Shrink) and not self.student.path and not isinstance(self.teacher, InProcess):
+            found = "" if self.teacher is None else f", and teacher.kind={self.teacher.kind} loads none"
             raise ValueError(
-                "student.kind=shrink needs a teacher to shrink; set teacher.path, or student.kind=pretrained"
+                f"student.kind=shrink needs a teacher to shrink{found}; set teacher.path, student.path to the model "
+                "that is to be shrunk, or student.kind=pretrained"
             )
         if self.teacher is None and self.training.keep_best not in (None, "next_token_loss"):
             raise ValueError(
@@ -308,19 +289,27 @@ class LanguageRecipe(Recipe):
 
     @model_validator(mode="after")
     def _a_teacher_that_can_do_it(self):
-        if self.teacher is None:
-            return self
-        if self.teacher.quantization != "none" and self.student.kind == "shrink":
-            raise ValueError(
-                f"student.kind=shrink takes layers out of the teacher, whose weights are in {self.teacher.quantization}"
-                "; set teacher.quantization=none"
-            )
-        if self.teacher.remember and self.training.engine == "fsdp2":
-            raise ValueError(
-                "teacher.remember=true leaves out forwards of a teacher that all processes hold together; "
-                "set it false, or training.engine=ddp"
-            )
+        for teacher in self.teachers:
+            if not isinstance(teacher, InProcess):
+                continue
+            if teacher.quantization != "none" and isinstance(self.student, Shrink) and not self.student.path:
+                raise ValueError(
+                    f"student.kind=shrink takes layers out of the teacher, whose weights are in {teacher.quantization}"
+                    "; set teacher.quantization=none"
+                )
+            if teacher.remember and self.training.engine == "fsdp2":
+                raise ValueError(
+                    "teacher.remember=true leaves out forwards of a teacher that all processes hold together; "
+                    "set it false, or training.engine=ddp"
+                )
         return self
+
+    @property
+    def teachers(self) -> tuple[InProcess | Cached | Served, ...]:
+        """The one, those of a mixture, or none."""
+        if self.teacher is None:
+            return ()
+        return self.teacher.teachers if isinstance(self.teacher, Mixture) else (self.teacher,)
 
     @model_validator(mode="after")
     def _sets_of_a_whole_student(self):
@@ -355,11 +344,17 @@ class LanguageRecipe(Recipe):
             raise ValueError(
                 f"rollouts.kind={kind} needs a teacher and objective.kd_weight above 0; set rollouts.kind=fixed"
             )
-        if self.teacher.remember:
-            raise ValueError(
-                f"teacher.remember=true keeps what the teacher says of the data, and rollouts.kind={kind} samples new "
-                "texts; set teacher.remember=false"
-            )
+        for teacher in self.teachers:
+            if isinstance(teacher, Cached):
+                raise ValueError(
+                    f"teacher.kind=cached knows what the teacher says of the data, and rollouts.kind={kind} samples "
+                    "new texts; set rollouts.kind=fixed, or a teacher that is loaded or served"
+                )
+            if isinstance(teacher, InProcess) and teacher.remember:
+                raise ValueError(
+                    f"teacher.remember=true keeps what the teacher says of the data, and rollouts.kind={kind} samples "
+                    "new texts; set teacher.remember=false"
+                )
         if self.objective.ce_weight > 0 and kind == "on_policy":
             raise ValueError(
                 f"objective.ce_weight={self.objective.ce_weight:g} is of the data's completions, and "

@@ -108,6 +108,17 @@ def load_tokenizer(path: str, field: str):
     return tokenizer
 
 
+def load_tokenizer_folder(folder: Path, field: str):
+    """A tokenizer that stands alone in a folder, as its `save_pretrained` wrote it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # as below
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+        raise InputError(f"{field}: the tokenizer in {str(folder)!r} cannot be loaded: {reason}") from error
+
+
 def _from_pretrained(auto_class, path: str, field: str, arguments: dict):
     found = find_model(path, field)
     if found is None:

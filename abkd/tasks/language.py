@@ -75,18 +75,18 @@ def _generate_of(recipe: config.LanguageRecipe, student: PreTrainedModel) -> Cal
 def place(recipe: config.LanguageRecipe, setup: Setup, student: PreTrainedModel, device: torch.device) -> None:
     """Student and teacher where this rank trains: whole, but the teacher of fsdp2; a quantised one is there already."""
     student.to(device)
-    model = None if setup.teacher is None else setup.teacher.model
-    if model is None or recipe.teacher is None or recipe.teacher.quantization != "none":
-        return
-    if recipe.training.engine == "fsdp2":
-        shard(model)
-    else:
-        model.to(device)
+    for section, teacher in zip(recipe.teachers, setup.teacher.parts if setup.teacher else (), strict=True):
+        if teacher.model is None or getattr(section, "quantization", "none") != "none":
+            continue
+        if recipe.training.engine == "fsdp2":
+            shard(teacher.model)
+        else:
+            teacher.model.to(device)
 
 
-def teacher_model(setup: Setup) -> PreTrainedModel:
-    assert setup.teacher is not None
-    return setup.teacher.model
+def teacher_model(setup: Setup) -> PreTrainedModel | None:
+    """None where the teacher is not a model in this process."""
+    return None if setup.teacher is None else setup.teacher.model
 
 
 def trained(recipe: config.LanguageRecipe, student: PreTrainedModel) -> PreTrainedModel:

@@ -17,6 +17,11 @@ class Teacher(abc.ABC):
     """Where it is a model in this process: it can be measured, and answer prompts."""
 
     @property
+    def parts(self) -> tuple["Teacher", ...]:
+        """The teachers of a mixture; else itself."""
+        return (self,)
+
+    @property
     @abc.abstractmethod
     def vocab(self) -> int:
         """Classes of a row."""

@@ -1,0 +1,1 @@
+"""`abkd cache`: a recipe's teacher writes its targets down. `options` says what, `texts` and `images` of what."""

@@ -1,0 +1,87 @@
+"""What of the teacher is written down: the command line's options, checked before torch is imported."""
+
+import argparse
+from dataclasses import dataclass
+
+from abkd.errors import InputError
+
+KINDS = ("top_k", "sampled", "hidden", "logits")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    kind: str = "top_k"
+    """top_k, sampled, hidden or logits."""
+    k: int | None = None
+    """Classes of a token; None is 50, or as many as a server is asked for."""
+    num_exact: int | None = None
+    """Of a sample: classes that are kept for sure; None is half of k. The others are draws."""
+    top_p: float = 1.0
+    bytes_per_token: int | None = None
+    """In the place of k."""
+    value_bits: int = 12
+    temperature: float | None = None
+    """Of top-k targets and samples; None is that of the recipe's objective."""
+    dtype: str | None = None
+    """Of hidden states and logits; None is the teacher's own."""
+    shard_tokens: int = 65_536
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self):
+        reduced = self.kind in ("top_k", "sampled")
+        if reduced and self.dtype is not None:
+            raise InputError(f"--dtype={self.dtype}: is of hidden states and logits; leave it out, or set --value-bits")
+        for name in ("k", "num_exact", "bytes_per_token", "temperature"):
+            if not reduced and getattr(self, name) is not None:
+                flag = {"num_exact": "exact"}.get(name, name.replace("_", "-"))
+                raise InputError(f"--{flag}: --targets {self.kind} keeps everything; leave it out")
+        if self.kind != "top_k" and self.top_p < 1:
+            raise InputError(f"--top-p={self.top_p:g}: is of --targets top_k; leave it out")
+        if self.kind != "sampled" and self.num_exact is not None:
+            raise InputError(f"--exact={self.num_exact}: is of --targets sampled; leave it out")
+        if self.k is not None and self.bytes_per_token is not None:
+            raise InputError("--k and --bytes-per-token say the same; give one of them")
+        if not 4 <= self.value_bits <= 16:
+            raise InputError(f"--value-bits={self.value_bits}: must lie between 4 and 16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="FOLDER", help="of the cache; go on with it if it is there")
+    parser.add_argument("--targets", choices=KINDS, default="top_k", help="what is kept of each token; default top_k")
+    parser.add_argument("--k", type=int, help="classes of a token, 50 unless given; of sampled, half of them draws")
+    parser.add_argument("--exact", type=int, help="of sampled: classes kept for sure, the others of k are drawn")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of top_k: no more classes than hold this mass")
+    parser.add_argument("--bytes-per-token", type=int, help="the largest k that takes no more")
+    parser.add_argument("--value-bits", type=int, default=12, help="of a log-probability, 4 to 16; error 32/(2^bits-1)")
+    parser.add_argument("--temperature", type=float, help="of top_k and sampled; default: the objective's")
+    parser.add_argument("--dtype", choices=DTYPES, help="of hidden and logits; default: the teacher's")
+    parser.add_argument("--shard-tokens", type=int, default=65_536, help="of a shard, the most that a kill can lose")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples that the teacher reads at once")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+
+
+def options_of(given: argparse.Namespace) -> CacheOptions:
+    """Raises InputError for what is out of range or does not go together."""
+    for name in ("k", "exact", "bytes_per_token", "shard_tokens", "batch_size"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}={value}: must be at least 1")
+    if not 0 < given.top_p <= 1:
+        raise InputError(f"--top-p={given.top_p:g}: must be above 0, at most 1")
+    if given.temperature is not None and not 0 < given.temperature < float("inf"):
+        raise InputError(f"--temperature={given.temperature:g}: must be above 0")
+    return CacheOptions(
+        given.targets,
+        given.k,
+        given.exact,
+        given.top_p,
+        given.bytes_per_token,
+        given.value_bits,
+        given.temperature,
+        given.dtype,
+        given.shard_tokens,
+        given.batch_size,
+        given.seed,
+    )

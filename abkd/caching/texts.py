@@ -1,0 +1,227 @@
+"""The cache of a language model's teacher."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abkd import config
+from abkd.caching.options import CacheOptions
+from abkd.caching.writing import Shard, put_beside, write_cache
+from abkd.data.batches import Collator, num_tokens
+from abkd.data.instructions import Example
+from abkd.errors import InputError
+from abkd.fit import device_of
+from abkd.inputs import Inputs
+from abkd.language_teachers import texts_of, tokenizer_digests
+from abkd.objective import completion_mask
+from abkd.setup import Say, Setup, prepare
+from abkd.targets import HiddenTargets, Targets, TopKTargets
+from abkd.teachers.cache.encoding import DenseEncoding, KeptEncoding
+from abkd.teachers.cache.identity import weights_digest
+from abkd.teachers.cache.manifest import TOKENIZER, Manifest, digest_of, example_key
+from abkd.teachers.cached import HEAD, write_head
+from abkd.teachers.teacher import Teacher
+
+DEFAULT_K = 50
+
+
+def cache_texts(recipe: config.LanguageRecipe, inputs: Inputs, options: CacheOptions, folder: Path, say: Say) -> None:
+    """Targets for the completions of the training and the validation data, under the examples' content.
+
+    Raises:
+        InputError: the recipe has no teacher, or one that cannot give such targets.
+    """
+    if recipe.teacher is None:
+        raise InputError("teacher: there is none to be cached; set one in the recipe")
+    setup = prepare(recipe, inputs._replace(sets={}), say)
+    assert setup.teacher is not None
+    place(setup.teacher, recipe)
+    examples = {example_key(each.prompt_ids, each.completion_ids): each for each in [*setup.train, *setup.validation]}
+    writer = _Writer(recipe, setup, options, examples)
+    write_cache(folder, writer.manifest, writer.num_bytes, writer.write_beside, writer.make_shard, say)
+
+
+def place(teacher: Teacher, recipe: config.LanguageRecipe) -> None:
+    for section, part in zip(recipe.teachers, teacher.parts, strict=True):
+        if part.model is not None and getattr(section, "quantization", "none") == "none":
+            part.model.to(device_of(recipe))
+
+
+class _Writer:
+    """What `write_cache` needs: the manifest, and the shards by number."""
+
+    def __init__(
+        self, recipe: config.LanguageRecipe, setup: Setup, options: CacheOptions, examples: dict[int, Example]
+    ):
+        assert setup.teacher is not None
+        self.setup, self.options, self.teacher = setup, options, setup.teacher
+        self.device = device_of(recipe)
+        self.parts = _partition(list(examples.items()), options.shard_tokens)
+        first = self._targets([next(iter(examples.values()))])
+        self.targets, self.encoding = _described(first, recipe, options)
+        self.manifest = Manifest(
+            task=recipe.task,
+            targets=self.targets,
+            vocab=first.shape[1],
+            teacher=_identified(recipe, self.teacher),
+            tokenizer=tokenizer_digests(setup.tokenizer),
+            data=texts_of(recipe) | {"digest": digest_of(list(examples))},
+            shards=[[len(part), sum(len(each.completion_ids) for _, each in part)] for part in self.parts],
+            version=version("abkd"),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the shards, at most."""
+        tokens = self.manifest.num_tokens
+        beside = 64 * self.manifest.num_examples
+        if isinstance(self.encoding, DenseEncoding):
+            return self.encoding.most_bytes(tokens) + beside
+        return self.encoding.most_bytes(tokens, self.targets["k"]) + beside
+
+    def write_beside(self, folder: Path) -> None:
+        put_beside(folder, TOKENIZER, self.setup.tokenizer.save_pretrained)
+        if self.targets["kind"] == "hidden":
+            found = self._targets([self.parts[0][0][1]])
+            assert isinstance(found, HiddenTargets)
+            put_beside(folder, HEAD, lambda part: write_head(found.head, part))
+
+    def make_shard(self, number: int, progress: Callable[[int], Any]) -> Shard:
+        """Examples of like length are read together."""
+        part = sorted(self.parts[number], key=lambda item: num_tokens(item[1]))
+        keys, encoded = [key for key, _ in part], []
+        for start in range(0, len(part), self.options.batch_size):
+            batch = part[start : start + self.options.batch_size]
+            targets = self._targets([example for _, example in batch])
+            first = 0
+            for key, example in batch:
+                stop = first + len(example.completion_ids)
+                encoded.append(self._encode(key, targets, first, stop))
+                first = stop
+            progress(first)
+        return keys, encoded
+
+    @torch.no_grad()
+    def _targets(self, examples: Sequence[Example]) -> Targets:
+        batch = {name: tensor.to(self.device) for name, tensor in Collator.of(self.setup.tokenizer)(examples).items()}
+        mask = completion_mask(batch.pop("labels"))
+        return self.teacher.targets(**batch, mask=mask)
+
+    @torch.no_grad()
+    def _encode(self, key: int, targets: Targets, start: int, stop: int) -> dict[str, Tensor]:
+        """Of one example; a sample's draws are its own, whoever writes it."""
+        if isinstance(self.encoding, DenseEncoding):
+            return self.encoding.encode(_dense_rows(targets, self.targets["kind"], start, stop))
+        temperature, k = self.targets["temperature"], self.targets["k"]
+        if isinstance(targets, TopKTargets):
+            return self.encoding.encode(targets.between(start, stop).within(self.options.top_p))
+        logits = targets.logits(start, stop)
+        if self.targets["kind"] == "top_k":
+            kept = TopKTargets.of_logits(logits, k, tail="lump", temperature=temperature)
+            return self.encoding.encode(kept.within(self.options.top_p))
+        generator = torch.Generator(logits.device).manual_seed((key ^ self.options.seed) % 2**63)
+        drawn = {"num_draws": self.targets["num_draws"], "num_exact": self.targets["num_exact"]}
+        sample = TopKTargets.sample(logits, **drawn, temperature=temperature, generator=generator)
+        return self.encoding.encode(sample)
+
+
+def _partition(items: list[tuple[int, Example]], shard_tokens: int) -> list[list[tuple[int, Example]]]:
+    """Consecutive examples, closed as soon as they hold so many tokens."""
+    parts: list[list[tuple[int, Example]]] = [[]]
+    tokens = 0
+    for item in items:
+        if tokens >= shard_tokens:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(item)
+        tokens += len(item[1].completion_ids)
+    return parts
+
+
+def _described(
+    first: Targets, recipe: config.LanguageRecipe, options: CacheOptions
+) -> tuple[dict[str, Any], KeptEncoding | DenseEncoding]:
+    """The manifest's `targets`, and the encoding that goes with them."""
+    kind = options.kind
+    if kind in ("hidden", "logits"):
+        rows = _dense_rows(first, kind, 0, 1)
+        dtype = getattr(torch, options.dtype) if options.dtype else rows.dtype
+        described = {"kind": kind, "width": rows.shape[1], "dtype": str(dtype).removeprefix("torch.")}
+        return described, DenseEncoding(rows.shape[1], dtype)
+    vocab, temperature = first.shape[1], _temperature(recipe, options)
+    given_k = first.ids.shape[1] if isinstance(first, TopKTargets) else None
+    if given_k is not None:
+        assert isinstance(first, TopKTargets)
+        first.check_temperature(temperature)
+        if kind == "sampled" or (options.k or 0) > given_k:
+            raise InputError(
+                f"--targets {kind}: this teacher gives {given_k} classes of a token; use --targets top_k, --k up to "
+                "that"
+            )
+    k = min(_num_classes(options, vocab, given_k), vocab)
+    num_exact = (options.num_exact if options.num_exact is not None else k // 2) if kind == "sampled" else k
+    if kind == "sampled" and not 1 <= k - num_exact <= 255:
+        fits = f"between {max(k - 255, 0)} and {k - 1}"
+        raise InputError(f"--exact={num_exact}: of k={k} classes 1 to 255 are draws; set it {fits}")
+    encoding = KeptEncoding(vocab, options.value_bits, k - num_exact, num_exact if kind == "sampled" else 0)
+    described = {"kind": kind, "k": k, "top_p": options.top_p, "num_exact": encoding.num_exact}
+    described |= {"num_draws": encoding.num_draws, "value_bits": encoding.value_bits, "temperature": temperature}
+    return described | ({"seed": options.seed} if kind == "sampled" else {}), encoding
+
+
+def _dense_rows(targets: Targets, kind: str, start: int, stop: int) -> Tensor:
+    """Hidden states or logits of a range of tokens."""
+    if kind == "hidden" and isinstance(targets, HiddenTargets):
+        return targets.hidden[start:stop]
+    if kind == "hidden" or isinstance(targets, TopKTargets):
+        raise InputError(f"--targets {kind}: this teacher does not give them; use --targets top_k")
+    return targets.logits(start, stop)
+
+
+def _num_classes(options: CacheOptions, vocab: int, given: int | None) -> int:
+    if options.bytes_per_token is None:
+        return options.k or given or DEFAULT_K
+    encoding = KeptEncoding(vocab, options.value_bits)
+    fits = [k for k in range(1, min(vocab, 32_767) + 1) if _bytes_of(encoding, options, k) <= options.bytes_per_token]
+    if not fits:
+        least = _bytes_of(encoding, options, 1)
+        raise InputError(f"--bytes-per-token={options.bytes_per_token}: one class takes {least:.1f}; raise it")
+    return fits[-1]
+
+
+def _bytes_of(encoding: KeptEncoding, options: CacheOptions, k: int) -> float:
+    """Of a token with k classes."""
+    if options.kind == "sampled":
+        exact = options.num_exact if options.num_exact is not None else k // 2
+        encoding = replace(encoding, num_draws=max(k - exact, 0), num_exact=exact)
+    return encoding.most_bytes(1000, k) / 1000
+
+
+def _temperature(recipe: config.LanguageRecipe, options: CacheOptions) -> float:
+    if options.temperature is not None:
+        return options.temperature
+    objective = recipe.objective
+    return float(objective.temperature if objective.teacher_temperature is None else objective.teacher_temperature)
+
+
+def _identified(recipe: config.LanguageRecipe, teacher: Teacher) -> dict[str, Any]:
+    """The manifest's `teacher`."""
+    identities = []
+    for section, part in zip(recipe.teachers, teacher.parts, strict=True):
+        said = section.model_dump(exclude={"num_connections", "timeout_s", "patience_s"})
+        if isinstance(section, config.InProcess) and part.model is not None:
+            said = {"weights": weights_digest(part.model), "dtype": section.dtype, "quantization": section.quantization}
+        identities.append(said)
+    revisions = [getattr(getattr(part.model, "config", None), "_commit_hash", None) for part in teacher.parts]
+    weights = list(getattr(recipe.teacher, "weights", ()))
+    assert recipe.teacher is not None
+    return {
+        "identity": identities + ([weights] if weights else []),
+        "section": recipe.teacher.model_dump(),
+        "revision": revisions[0] if len(revisions) == 1 else revisions,
+    }

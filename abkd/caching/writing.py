@@ -1,0 +1,118 @@
+"""The shards of a cache, one after the other, beside other processes that write the same cache."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from abkd.errors import InputError
+from abkd.setup import Say
+from abkd.teachers.cache.claims import claim
+from abkd.teachers.cache.manifest import Manifest, shard_file
+from abkd.teachers.cache.shards import claim_file, drop_parts, write_shard
+
+Shard = tuple[Sequence[int], Sequence[Mapping[str, Tensor]]]
+"""Keys, and what an encoding made of each example."""
+
+
+def write_cache(
+    folder: Path,
+    manifest: Manifest,
+    num_bytes: int,
+    beside: Callable[[Path], None],
+    make_shard: Callable[[int, Callable[[int], Any]], Shard],
+    say: Say,
+) -> None:
+    """Writes every shard that is not there and that no other live process is writing.
+
+    Args:
+        num_bytes: of all shards, at most; said, and compared with the free disk, before the work starts.
+        beside: writes what else the folder holds, tokenizer or head, the same whoever does it.
+        make_shard: (number, progress) -> the shard; progress is called with a count of tokens now and then.
+
+    Raises:
+        InputError: the folder holds another cache; the disk has no room.
+    """
+    each = num_bytes / max(manifest.num_tokens, 1)
+    say(
+        f"cache: {manifest.described}; {manifest.num_examples:,} examples, {manifest.num_tokens:,} tokens, at most "
+        f"{each:,.0f} bytes a token, {num_bytes / 2**20:,.1f} MiB in {len(manifest.shards):,} shards"
+    )
+    _check_disk(folder, num_bytes)
+    manifest.write(folder)
+    beside(folder)
+    missing = manifest.missing_shards(folder)
+    if not missing:
+        say(f"{folder} is finished already")
+        return
+    if len(missing) < len(manifest.shards):
+        say(f"going on: {len(manifest.shards) - len(missing):,} of {len(manifest.shards):,} shards are there")
+    total = sum(manifest.shards[number][1] for number in missing)
+    bar: Any
+    with tqdm(total=total, unit="token", desc=folder.name, unit_scale=True) as bar:
+        for number in missing:
+            with _claimed(folder, number) as mine:
+                if mine:
+                    write_shard(folder, number, manifest.digest, *make_shard(number, _progress(folder, number, bar)))
+                else:
+                    bar.total -= manifest.shards[number][1]
+    if left := manifest.missing_shards(folder):
+        say(f"the other {len(left):,} shards are being written by other processes")
+        return
+    size = sum(shard_file(folder, number).stat().st_size for number in range(len(manifest.shards)))
+    say(f"{folder} is finished: {size / 2**20:,.1f} MiB, {size / max(manifest.num_tokens, 1):,.1f} bytes a token")
+
+
+@contextmanager
+def _claimed(folder: Path, number: int):
+    """Whether the shard is this process's to write, which it is till the end of the block."""
+    file = claim_file(folder, number)
+    mine = not shard_file(folder, number).exists() and claim(file)
+    try:
+        if mine:
+            drop_parts(folder, number)
+        yield mine
+    finally:
+        if mine:
+            file.unlink(missing_ok=True)
+
+
+def _progress(folder: Path, number: int, bar: Any) -> Callable[[int], None]:
+    """Moves the bar and keeps the claim fresh."""
+    file = claim_file(folder, number)
+
+    def progress(num_tokens: int) -> None:
+        bar.update(num_tokens)
+        if file.exists():
+            os.utime(file)
+
+    return progress
+
+
+def _check_disk(folder: Path, num_bytes: int) -> None:
+    existing = next(each for each in [folder, *folder.absolute().parents] if each.exists())
+    there = sum(file.stat().st_size for file in folder.glob("shard-*")) if folder.exists() else 0
+    free = shutil.disk_usage(existing).free + there
+    if free < num_bytes:
+        raise InputError(
+            f"--output: {str(folder)!r} needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; free some, "
+            "give another folder, or keep less of each token"
+        )
+
+
+def put_beside(folder: Path, name: str, write: Callable[[Path], Any]) -> None:
+    """Writes a file or folder aside and renames it, unless it is there."""
+    target = folder / name
+    if target.exists():
+        return
+    part = folder / f".{name}.{os.getpid()}-{os.urandom(4).hex()}"
+    write(part)
+    try:
+        os.replace(part, target)
+    except OSError:  # a folder that another process was first to write
+        shutil.rmtree(part, ignore_errors=True)

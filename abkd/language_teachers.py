@@ -1,0 +1,103 @@
+"""The teacher's section of a language model's recipe -> the teacher, and the tokenizer that it reads with."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from abkd import config
+from abkd.data.instructions import Example
+from abkd.errors import InputError
+from abkd.models.adapters import merge_adapter
+from abkd.models.pretrained import load_model, load_tokenizer, load_tokenizer_folder
+from abkd.paths import find_path
+from abkd.teachers.cache.manifest import MANIFEST, TOKENIZER, Manifest, digest_of
+from abkd.teachers.cache.store import Store
+from abkd.teachers.cached import CachedTeacher
+from abkd.teachers.in_process import InProcessTeacher
+from abkd.teachers.teacher import Teacher
+
+OF_TEXTS = (
+    *("prompt_format", "max_prompt_tokens", "max_tokens", "long_prompts", "train", "subset", "split"),
+    *("validation", "validation_split", "num_held_out", "max_train_rows", "max_validation_rows"),
+)
+"""Fields of a recipe's data that decide which token ids the examples have."""
+
+
+def tokenizer_of(recipe: config.LanguageRecipe) -> PreTrainedTokenizerBase:
+    """The teacher's, the first one's of a mixture, or without a teacher the student's own."""
+    for section in recipe.teachers:
+        return _tokenizer(section, recipe, "teacher" if len(recipe.teachers) == 1 else "teacher.teachers.0")
+    return load_tokenizer(recipe.student.path, "student.path")
+
+
+def _tokenizer(section: Any, recipe: config.LanguageRecipe, field: str) -> PreTrainedTokenizerBase:
+    match section:
+        case config.InProcess(path=path):
+            return load_tokenizer(path, f"{field}.path")
+        case config.Cached(path=path):
+            return _cached_tokenizer(find_path(path, f"{field}.path"), f"{field}.path")
+    return load_tokenizer(section.tokenizer or recipe.student.path, f"{field}.tokenizer")
+
+
+def _cached_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
+    manifest = Manifest.read(folder, field)
+    tokenizer = load_tokenizer_folder(folder / TOKENIZER, field)
+    if tokenizer_digests(tokenizer) != manifest.tokenizer:
+        raise InputError(
+            f"{field}: the tokenizer in {folder / TOKENIZER} was altered, it is not that of {folder / MANIFEST}; write "
+            "the cache again"
+        )
+    return tokenizer
+
+
+def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Of what decides token ids, as a cache's manifest has it."""
+    return {
+        "vocabulary": digest_of([tokenizer.get_vocab(), tokenizer.eos_token_id]),
+        "chat_template": digest_of(tokenizer.chat_template),
+    }
+
+
+def make_teacher(
+    recipe: config.LanguageRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    say: Callable[[str], None],
+) -> Teacher:
+    """The recipe's teacher; of a cache one that knows where each example stands."""
+    (section,) = recipe.teachers
+    return _make(section, recipe, tokenizer, examples, say, "teacher")
+
+
+def _make(section, recipe, tokenizer, examples, say, field: str) -> Teacher:
+    match section:
+        case config.InProcess():
+            say(f"loading the teacher {section.path}")
+            model = load_teacher(section, field)
+            return InProcessTeacher(model, remember=section.remember, pack=recipe.training.pack)
+        case config.Cached():
+            return _open_cache(section, recipe, examples, say, f"{field}.path")
+    raise AssertionError(section)
+
+
+def _open_cache(section: config.Cached, recipe, examples, say, field: str) -> CachedTeacher:
+    folder = find_path(section.path, field)
+    manifest = Manifest.read(folder, field)
+    teacher = CachedTeacher(Store(folder, manifest, field), section.tail, field=field)
+    teacher.expect(examples, texts_of(recipe))
+    say(f"teacher: {manifest.described}, of {manifest.num_tokens:,} tokens, in {folder}")
+    return teacher
+
+
+def texts_of(recipe: config.LanguageRecipe) -> dict[str, Any]:
+    """What the examples are made of, as a cache's manifest has it."""
+    data = recipe.data.model_dump(include=set(OF_TEXTS))
+    return {f"data.{name}": data[name] for name in OF_TEXTS}
+
+
+def load_teacher(section: config.InProcess, field: str = "teacher") -> PreTrainedModel:
+    """With its adapter in its weights, or quantised."""
+    model = load_model(section.path, f"{field}.path", section.dtype, section.quantization)
+    return merge_adapter(model, section.adapter, f"{field}.adapter") if section.adapter else model

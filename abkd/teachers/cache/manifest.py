@@ -1,0 +1,184 @@
+"""What a cache is: whose targets, of which data, in which form. Imports no torch."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from abkd.errors import InputError
+
+FORMAT = 1
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json. Two processes that write one cache must have the same."""
+
+    task: str
+    targets: dict[str, Any]
+    """`kind`, top_k, sampled, hidden or logits, and what it takes: see docs/teachers.md."""
+    vocab: int
+    teacher: dict[str, Any]
+    """`identity`, what tells it from others; `section`, as its recipe names it; `revision` of a hub's model or null."""
+    tokenizer: dict[str, Any]
+    """Digests of its vocabulary and of its chat template; empty for images."""
+    data: dict[str, Any]
+    """What the examples were made of, and a `digest` of them all, which alone must be the same."""
+    shards: list[list[int]]
+    """Of each: how many examples, and how many tokens."""
+    version: str
+    """Of abkd, that wrote it first."""
+    format: int = FORMAT
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two processes that write one cache must have the same."""
+        content = asdict(self)
+        content.pop("version")
+        return content | {"teacher": self.teacher["identity"], "data": {"digest": self.data["digest"]}}
+
+    @property
+    def digest(self) -> str:
+        """That every shard names, so that no shard of another cache is taken for one of this."""
+        return digest_of(self.identity)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.shards)
+
+    @property
+    def num_examples(self) -> int:
+        return sum(examples for examples, _ in self.shards)
+
+    @property
+    def described(self) -> str:
+        """The kind of targets, in a few words."""
+        of = self.targets
+        match of["kind"]:
+            case "top_k":
+                within = f", or those of mass {of['top_p']:g}" if of["top_p"] < 1 else ""
+                return f"the {of['k']} likeliest classes{within}"
+            case "sampled":
+                return f"the {of['num_exact']} likeliest classes and {of['num_draws']} draws"
+            case "hidden":
+                return f"hidden states, {of['width']} x {of['dtype']}"
+        return f"logits, {of['width']} x {of['dtype']}"
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether the targets are at some classes of each token."""
+        return self.targets["kind"] in ("top_k", "sampled")
+
+    def check_task(self, task: str, field: str) -> None:
+        if self.task != task:
+            raise InputError(f"{field}: the cache is for task={self.task}, and this recipe is for task={task}")
+
+    def check_complete(self, folder: Path, field: str) -> None:
+        """Raises InputError where shards are missing."""
+        if missing := self.missing_shards(folder):
+            raise InputError(
+                f"{field}: the cache in {str(folder)!r} is not finished, {len(missing)} of {len(self.shards)} shards "
+                f"are missing, the first is {shard_file(folder, missing[0]).name}; go on with the command that began it"
+            )
+
+    def missing_shards(self, folder: Path) -> list[int]:
+        return [number for number in range(len(self.shards)) if not shard_file(folder, number).exists()]
+
+    def check_tail(self, tail: str | None, field: str) -> None:
+        """Top-k targets need a tail, and no others have one to choose."""
+        kind = self.targets["kind"]
+        if kind == "top_k" and tail is None:
+            raise InputError(
+                f"{field}: missing, and the cache holds top-k targets; set {field}=lump, uniform or renormalise, see "
+                "docs/teachers.md"
+            )
+        if kind != "top_k" and tail is not None:
+            raise InputError(
+                f"{field}={tail}: the cache holds {self.described}, without a tail to choose; leave it out"
+            )
+
+    @classmethod
+    def read(cls, folder: Path, field: str) -> "Manifest":
+        """Of the cache in `folder`.
+
+        Raises:
+            InputError: there is none, it is torn, or of another format.
+        """
+        file = folder / MANIFEST
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(
+                f"{field}: {str(folder)!r} holds no cache ({MANIFEST} is missing); write one with: abkd cache RECIPE "
+                f"--output {folder}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{field}: {file} cannot be read ({error}); write the cache again") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, dict) else None
+            raise InputError(
+                f"{field}: {file} is of format {found!r}, and this abkd reads format {FORMAT}; write the cache again"
+            )
+        if missing := {each.name for each in fields(cls)} - content.keys():
+            raise InputError(f"{field}: {file} lacks {', '.join(sorted(missing))}; write the cache again")
+        return cls(**{each.name: content[each.name] for each in fields(cls)})
+
+    def write(self, folder: Path) -> None:
+        """Makes the folder's manifest, unless it has the same one.
+
+        Raises:
+            InputError: the folder holds another cache, or anything else.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / MANIFEST).exists():
+            if others := [file.name for file in folder.iterdir() if not file.name.startswith(".manifest")]:
+                raise InputError(f"--output: {str(folder)!r} holds {others[0]!r} and no cache; give another folder")
+            part = folder / f".manifest-{os.getpid()}-{os.urandom(4).hex()}"
+            part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            try:
+                os.link(part, folder / MANIFEST)  # fails where another process was first
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                os.replace(part, folder / MANIFEST)
+            part.unlink(missing_ok=True)
+        self.check_same(Manifest.read(folder, "--output"), folder)
+
+    def check_same(self, other: "Manifest", folder: Path) -> None:
+        """Refuses to go on with a cache of anything else."""
+        if self.identity == other.identity:
+            return
+        field, here, there = first_difference(self.identity, other.identity)
+        if field == "data.digest":  # say what made them other examples
+            field, here, there = first_difference(self.data, other.data)
+        raise InputError(
+            f"--output: the cache in {str(folder)!r} was started with {field}={there!r}, not {here!r}; go on with the "
+            "same command, or give another folder"
+        )
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def first_difference(here: Any, there: Any, path: str = "") -> tuple[str, Any, Any]:
+    """(field, value here, value there) of the first field, as `data.train`, that differs."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        for key in dict.fromkeys([*here, *there]):
+            if here.get(key) != there.get(key):
+                return first_difference(here.get(key), there.get(key), f"{path}.{key}" if path else key)
+    return path, here, there
+
+
+def digest_of(content: Any) -> str:
+    """16 hexadecimal digits of a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def example_key(prompt_ids: tuple[int, ...], completion_ids: tuple[int, ...]) -> int:
+    """int64 of a text: by it an example is found, in whatever data set and place it stands."""
+    content = json.dumps([prompt_ids, completion_ids]).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

@@ -1,0 +1,100 @@
+"""A shard: rows of some examples in one safetensors file that is whole or absent, with a checksum of its content."""
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from abkd.errors import InputError
+from abkd.teachers.cache.manifest import shard_file
+
+KEYS, STARTS = "keys", ".starts"
+
+
+def claim_file(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.claim"
+
+
+def write_shard(
+    folder: Path, number: int, cache_digest: str, keys: Sequence[int], examples: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Writes what an encoding made of each example, under the example's key.
+
+    Raises:
+        InputError: the disk does not take it.
+    """
+    tensors = {KEYS: torch.tensor(keys, dtype=torch.int64)}
+    for name in examples[0]:
+        parts = [example[name] for example in examples]
+        lengths = torch.tensor([0, *map(len, parts)])
+        tensors[name], tensors[name + STARTS] = torch.cat(parts).contiguous(), lengths.cumsum(0)
+    metadata = {"cache": cache_digest, "shard": str(number), "sha256": checksum(tensors)}
+    file = shard_file(folder, number)
+    part = folder / f".{file.name}.{platform.node()}-{os.getpid()}"
+    try:
+        save_file(tensors, part, metadata)
+        os.replace(part, file)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise InputError(
+            f"--output: {file} cannot be written ({error}); free some disk, then go on with the same command"
+        ) from error
+
+
+def drop_parts(folder: Path, number: int) -> None:
+    """Removes what processes that were killed left of a shard."""
+    for part in folder.glob(f".{shard_file(folder, number).name}.*"):
+        part.unlink(missing_ok=True)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.view(torch.uint8).flatten().numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A shard that is read where it is needed: its tensors are the mapped file."""
+
+    keys: Tensor
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path, number: int, cache_digest: str, field: str) -> "Shard":
+        """Raises InputError: the file is torn, altered, or of another cache; it is named."""
+        file = shard_file(folder, number)
+        again = f"remove it, and write it again with the command that made the cache ({folder})"
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise InputError(f"{field}: {file} is missing; write it with the command that made the cache") from None
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{field}: {file} is torn ({error}); {again}") from None
+        if metadata.get("cache") != cache_digest or metadata.get("shard") != str(number):
+            raise InputError(f"{field}: {file} is a shard of another cache, or another shard of this one; {again}")
+        if checksum(tensors) != metadata.get("sha256"):
+            raise InputError(f"{field}: {file} was altered, its content is not what its checksum says; {again}")
+        return cls(tensors.pop(KEYS), tensors)
+
+    def example(self, index: int) -> dict[str, Tensor]:
+        """What the encoding made of the example at `index`."""
+        found = {}
+        for name, tensor in self.tensors.items():
+            if not name.endswith(STARTS):
+                start, stop = self.tensors[name + STARTS][index : index + 2].tolist()
+                found[name] = tensor[start:stop]
+        return found

@@ -1,0 +1,117 @@
+"""A teacher that wrote its targets down: `abkd.teachers.cache`."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from abkd.divergences.top_k import Tail
+from abkd.errors import InputError
+from abkd.head import LMHead
+from abkd.targets import DenseTargets, HiddenTargets, Targets, TopKTargets
+from abkd.teachers.cache.encoding import KeptEncoding
+from abkd.teachers.cache.manifest import Manifest, example_key, first_difference
+from abkd.teachers.cache.store import Store
+from abkd.teachers.teacher import Teacher
+
+HEAD = "head.safetensors"
+
+
+class CachedTeacher(Teacher):
+    """Gives what a cache holds of each example, on the device of the batch.
+
+    Args:
+        store: the cache.
+        tail: of top-k targets; None where the cache holds a sample, hidden states or logits.
+        field: what the recipe calls the folder, for messages.
+
+    `expect` says which examples will come.
+    """
+
+    def __init__(self, store: Store, tail: Tail | None = None, *, field: str = "teacher.path"):
+        self.store, self.field = store, field
+        kind, self._vocab = store.manifest.targets["kind"], store.manifest.vocab
+        store.manifest.check_tail(tail, field.removesuffix("path") + "tail")
+        self.tail: Tail = tail or "sampled"
+        self.encoding = kept_encoding(store.manifest)
+        self._head = _read_head(store.folder, field) if kind == "hidden" else None
+        self._where: dict[int, int] = {}  # example id -> in the store
+
+    def expect(self, examples: Iterable[Any], data: Mapping[str, Any]) -> None:
+        """Finds every example that will be asked for.
+
+        Args:
+            examples: with `example_id`, `prompt_ids` and `completion_ids`.
+            data: what they were made of, as the manifest has it.
+
+        Raises:
+            InputError: the cache lacks some; says what was made otherwise.
+        """
+        examples = list(examples)
+        found = self.store.find([example_key(each.prompt_ids, each.completion_ids) for each in examples])
+        if num_missing := int((found < 0).sum()):
+            made = {name: value for name, value in self.store.manifest.data.items() if name in data}
+            folder = str(self.store.folder)
+            field, here, there = first_difference(dict(data), made)
+            why = f"it was made with {field}={there!r}, and here is {field}={here!r}"
+            if here == there:
+                why = "they are other texts than those it was made of, under the same names"
+            raise InputError(
+                f"{self.field}: the cache in {folder!r} lacks {num_missing:,} of {len(examples):,} examples: {why}; "
+                "use the cache's, or write another cache"
+            )
+        self._where.update(zip((each.example_id for each in examples), found.tolist(), strict=True))
+
+    @property
+    def vocab(self) -> int:
+        return self._vocab
+
+    def narrow(self, vocab: int) -> None:
+        self._vocab = vocab
+        if self._head is not None:
+            bias = None if self._head.bias is None else self._head.bias[:vocab]
+            self._head = replace(self._head, weight=self._head.weight[:vocab], bias=bias)
+
+    @torch.no_grad()
+    def targets(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, example_ids: Tensor) -> Targets:
+        device = input_ids.device
+        parts = [self.store.example(self._where[example]) for example in example_ids.tolist()]
+        if self.encoding is None:
+            rows = torch.cat([part["rows"] for part in parts]).to(device)
+            if self._head is None:
+                return DenseTargets(rows[:, : self._vocab])
+            self._head = self._head.to(device)
+            return HiddenTargets(rows, self._head)
+        temperature = self.store.manifest.targets["temperature"]
+        kept = TopKTargets.cat([self.encoding.decode(part, self.tail, temperature) for part in parts])
+        return kept.narrowed(self._vocab).to(device)
+
+
+def kept_encoding(manifest: Manifest) -> KeptEncoding | None:
+    """Of top-k and sampled targets."""
+    targets = manifest.targets
+    if not manifest.is_reduced:
+        return None
+    return KeptEncoding(manifest.vocab, targets["value_bits"], targets["num_draws"], targets["num_exact"])
+
+
+def write_head(head: LMHead, folder: Path) -> None:
+    tensors = {"weight": head.weight.detach().cpu().contiguous()}
+    if head.bias is not None:
+        tensors["bias"] = head.bias.detach().cpu().contiguous()
+    save_file(tensors, folder / HEAD, {"logit_scale": str(head.logit_scale), "softcap": str(head.softcap)})
+
+
+def _read_head(folder: Path, field: str) -> LMHead:
+    try:
+        tensors = load_file(folder / HEAD)
+        with safe_open(folder / HEAD, framework="pt") as opened:
+            said = {name: None if text == "None" else float(text) for name, text in opened.metadata().items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{field}: {folder / HEAD} cannot be read ({error}); write the cache again") from None
+    return LMHead(tensors["weight"], tensors.get("bias"), said["logit_scale"], said["softcap"])
