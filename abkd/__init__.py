@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from abkd.kernels import linear_divergence
     from abkd.models.classifiers import load_classifier
     from abkd.objective import Objective
-    from abkd.targets import DenseTargets, HiddenTargets, TopKTargets
+    from abkd.targets import DenseTargets, HiddenTargets, MixtureTargets, TopKTargets
+    from abkd.teachers.cached import CachedTeacher
     from abkd.teachers.classifier import ClassifierTeacher
     from abkd.teachers.in_process import InProcessTeacher
+    from abkd.teachers.mixture import MixtureTeacher
     from abkd.trainer import DistillationTrainer, ImageDistillationTrainer
 
 
 _HOMES = {
     "AlphaBeta": "abkd.divergences",
     "Augmentation": "abkd.data.images",
+    "CachedTeacher": "abkd.teachers.cached",
     "ClassifierTeacher": "abkd.teachers.classifier",
     "DenseTargets": "abkd.targets",
     "DistillationTrainer": "abkd.trainer",
@@ -35,6 +38,8 @@ _HOMES = {
     "InProcessTeacher": "abkd.teachers.in_process",
     "InputError": "abkd.errors",
     "LMHead": "abkd.head",
+    "MixtureTargets": "abkd.targets",
+    "MixtureTeacher": "abkd.teachers.mixture",
     "Objective": "abkd.objective",
     "ReverseKL": "abkd.divergences",
     "TopKTargets": "abkd.targets",
@@ -49,6 +54,7 @@ _HOMES = {
 __all__ = [
     "AlphaBeta",
     "Augmentation",
+    "CachedTeacher",
     "ClassifierTeacher",
     "DenseTargets",
     "DistillationTrainer",
@@ -59,6 +65,8 @@ __all__ = [
     "InProcessTeacher",
     "InputError",
     "LMHead",
+    "MixtureTargets",
+    "MixtureTeacher",
     "Objective",
     "ReverseKL",
     "TopKTargets",

@@ -16,7 +16,9 @@ from abkd.teachers.cache.manifest import MANIFEST, TOKENIZER, Manifest, digest_o
 from abkd.teachers.cache.store import Store
 from abkd.teachers.cached import CachedTeacher
 from abkd.teachers.in_process import InProcessTeacher
+from abkd.teachers.mixture import MixtureTeacher
 from abkd.teachers.teacher import Teacher
+from abkd.vocab import check_same_vocabulary
 
 OF_TEXTS = (
     *("prompt_format", "max_prompt_tokens", "max_tokens", "long_prompts", "train", "subset", "split"),
@@ -67,8 +69,16 @@ def make_teacher(
     say: Callable[[str], None],
 ) -> Teacher:
     """The recipe's teacher; of a cache one that knows where each example stands."""
-    (section,) = recipe.teachers
-    return _make(section, recipe, tokenizer, examples, say, "teacher")
+    if not isinstance(recipe.teacher, config.Mixture):
+        return _make(recipe.teacher, recipe, tokenizer, examples, say, "teacher")
+    teachers = []
+    for index, section in enumerate(recipe.teachers):
+        field = f"teacher.teachers.{index}"
+        if index:
+            own = _tokenizer(section, recipe, field)
+            check_same_vocabulary(student=own, teacher=tokenizer, names=(field, "teacher.teachers.0"))
+        teachers.append(_make(section, recipe, tokenizer, examples, say, field))
+    return MixtureTeacher(teachers, recipe.teacher.weights)
 
 
 def _make(section, recipe, tokenizer, examples, say, field: str) -> Teacher:

@@ -93,8 +93,9 @@ def make_student(recipe: config.LanguageRecipe, setup: Setup, say: Say) -> PreTr
     if teacher is not None and (line := align_widths(student=student, teacher=teacher, tokenizer=setup.tokenizer)):
         say(line)
     _check_context(recipe, setup, "student", student)
-    if teacher is not None and teacher.model is not None:
-        _check_context(recipe, setup, "teacher", teacher.model)
+    for part in teacher.parts if teacher is not None else ():
+        if part.model is not None:
+            _check_context(recipe, setup, "teacher", part.model)
     freeze(student, recipe.student)
     return with_lora(student, recipe.student.lora)
 

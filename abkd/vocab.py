@@ -3,11 +3,12 @@
 from abkd.errors import InputError
 
 
-def check_same_vocabulary(*, student, teacher) -> None:
+def check_same_vocabulary(*, student, teacher, names: tuple[str, str] = ("student", "teacher")) -> None:
     """Refuses two tokenizers that give any token a different id.
 
     Args:
         student, teacher: Hugging Face tokenizers.
+        names: what the two are called in the message.
 
     Raises:
         InputError: naming the first tokens that differ.
@@ -19,13 +20,17 @@ def check_same_vocabulary(*, student, teacher) -> None:
     teacher_tokens = {index: token for token, index in teacher_ids.items()}
     indices = sorted(student_tokens.keys() | teacher_tokens.keys())
     differing = [index for index in indices if student_tokens.get(index) != teacher_tokens.get(index)]
+    one, other = names
     shown = "; ".join(
-        f"id {index} is {student_tokens.get(index)!r} to the student, {teacher_tokens.get(index)!r} to the teacher"
+        f"id {index} is {student_tokens.get(index)!r} to the {one}, {teacher_tokens.get(index)!r} to the {other}"
         for index in differing[:3]
     )
+    way_out = "choose a student of the teacher's family, or student.kind=shrink"
+    if one != "student":
+        way_out = "choose teachers of one family"
     raise InputError(
-        f"student and teacher have different tokenizers: {len(differing):,} of {len(indices):,} ids differ ({shown}); "
-        "choose a student of the teacher's family, or student.kind=shrink"
+        f"{one} and {other} have different tokenizers: {len(differing):,} of {len(indices):,} ids differ ({shown}); "
+        f"{way_out}"
     )
 
 

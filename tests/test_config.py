@@ -149,7 +149,9 @@ WRONG_KINDS = {
         f"objective.divergence.kind: 'jensen' is unknown; use one of {DIVERGENCE_KINDS}"
     ),
     "objective.divergence={alpha: 1}": (f"objective.divergence.kind: missing; use one of {DIVERGENCE_KINDS}"),
-    "teacher={kind: server, path: x}": "teacher.kind: 'server' is unknown; use one of 'in_process', 'cached', 'served', 'mixture'",
+    "teacher={kind: server, path: x}": (
+        "teacher.kind: 'server' is unknown; use one of 'in_process', 'cached', 'served', 'mixture'"
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from abkd.kernels.chunked import chunked_loss, why_not_triton
 from abkd.kernels.cross_entropy import linear_cross_entropy
 from abkd.kernels.kept import why_reduced
 from abkd.kernels.reference import LinearLoss, Problem, reference_loss
-from abkd.targets import Targets, TopKTargets
+from abkd.targets import MixtureTargets, Targets, TopKTargets
 
 __all__ = ["LinearDivergence", "LinearLoss", "Path", "linear_cross_entropy", "linear_divergence", "linear_loss"]
 
@@ -160,6 +160,10 @@ def _check(hidden, head: LMHead, targets: Targets, token_weights, labels, ce_wei
     if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
         raise InputError(
             f"student_hidden must be [N, {head.weight.shape[1]}] for the student's head, got {tuple(hidden.shape)}"
+        )
+    if isinstance(targets, MixtureTargets) and group is not None:
+        raise InputError(
+            "group: a mixture's rows are of the whole vocabulary; use one teacher's hidden states or logits"
         )
     if isinstance(targets, TopKTargets) and group is not None:
         raise InputError("group: top-k targets hold classes of the whole vocabulary; use hidden states or logits")

@@ -15,9 +15,9 @@ from abkd.divergences.top_k import Kept
 from abkd.errors import InputError
 from abkd.head import LMHead
 from abkd.kernels import native
-from abkd.kernels.kept import KeptRows, kept_rows, why_reduced
+from abkd.kernels.kept import MadeRows, kept_rows, why_reduced
 from abkd.kernels.reference import LinearLoss, Problem, entropy
-from abkd.targets import DenseTargets, HiddenTargets, TopKTargets
+from abkd.targets import DenseTargets, HiddenTargets, MixtureTargets, TopKTargets
 
 _TILE = 4096  # columns of the vocabulary per matrix product: their weights stay in a CPU's last cache between products
 _BLOCK = 2**18  # elements of a temporary of the torch step, on a CPU
@@ -171,14 +171,14 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     num_rows = len(hidden)
     student_side = _Side(hidden, plan.problem.head, needed[:3], plan.rows, dtype, plan.autocast)
-    teacher_side: _Side | _Rows | KeptRows
+    teacher_side: _Side | _Rows | MadeRows
     match plan.problem.targets:
         case DenseTargets():
             teacher_side = _Rows(teacher, needed[3], dtype)
         case HiddenTargets(head=head):
             teacher_side = _Side(teacher, head, needed[3:], plan.rows, dtype, plan.autocast)
-        case TopKTargets() as targets:
-            teacher_side = KeptRows(targets, plan.problem.divergence, dtype)
+        case TopKTargets() | MixtureTargets() as targets:
+            teacher_side = MadeRows(targets, plan.problem.divergence, dtype)
     divergence, entropies, cross_entropy = (torch.zeros(num_rows, dtype=dtype, device=hidden.device) for _ in range(3))
     step = _choose_step(plan, dtype, hidden.device, teacher_needs_grad=any(needed[3:]))
     for start in range(0, num_rows, plan.rows):
@@ -198,7 +198,7 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
                 plan.group,
                 plan.first_class,
                 student_side.gradient_dtype,
-                teacher_side.kept(start, stop) if isinstance(teacher_side, KeptRows) else None,
+                teacher_side.kept(start, stop) if isinstance(teacher_side, MadeRows) else None,
             )
 
         done = step(chunk())
@@ -208,7 +208,7 @@ def _run(plan: _Plan, tensors, needed) -> tuple[tuple[Tensor, ...], list[Tensor 
         divergence[start:stop], entropies[start:stop] = done.divergence, done.entropy
         cross_entropy[start:stop] = done.cross_entropy
         student_side.accumulate(start, stop, done.student_grad)
-        if done.teacher_grad is not None and not isinstance(teacher_side, KeptRows):
+        if done.teacher_grad is not None and not isinstance(teacher_side, MadeRows):
             teacher_side.accumulate(start, stop, done.teacher_grad)
     total = (plan.problem.token_weights.to(dtype) * divergence).sum()
     if plan.problem.ce_weights is not None:

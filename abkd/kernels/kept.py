@@ -5,7 +5,7 @@ from torch import Tensor
 
 from abkd.divergences import Divergence
 from abkd.divergences.top_k import Kept, is_reduced
-from abkd.targets import Targets, TopKTargets
+from abkd.targets import MixtureTargets, Targets, TopKTargets
 
 _BLOCK = 2**20  # elements of a temporary, on a CPU
 
@@ -17,19 +17,23 @@ def why_reduced(targets: Targets, divergence: Divergence) -> str:
     return ""
 
 
-class KeptRows:
-    """`TopKTargets` as a side of the chunks: k classes of each row, or the rows of a chunk with the rest filled in."""
+class MadeRows:
+    """Targets without a gradient as a side of the chunks: k classes of each row, or the rows of a chunk made for it."""
 
-    def __init__(self, targets: TopKTargets, divergence: Divergence, dtype: torch.dtype):
+    def __init__(self, targets: TopKTargets | MixtureTargets, divergence: Divergence, dtype: torch.dtype):
         self.targets, self.dtype = targets, dtype
-        self._reduced = is_reduced(divergence, targets.tail)
+        self._reduced = bool(why_reduced(targets, divergence))
 
     def kept(self, start: int, stop: int) -> Kept | None:
-        return self.targets.rows(start, stop, self.dtype) if self._reduced else None
+        if not self._reduced:
+            return None
+        assert isinstance(self.targets, TopKTargets)
+        return self.targets.rows(start, stop, self.dtype)
 
     def logits(self, start: int, stop: int) -> Tensor:
         """`[stop - start, vocab]`, or without a column where `kept` says it all."""
         if self._reduced:
+            assert isinstance(self.targets, TopKTargets)
             return self.targets.log_probs.new_empty(stop - start, 0, dtype=self.dtype)
         return self.targets.logits(start, stop).to(self.dtype)
 

@@ -1,4 +1,4 @@
-"""What a teacher gives for N tokens. Each kind hands out the logits of a range of rows, so that nobody needs all."""
+"""A teacher at k classes of each token, and what is made of the rest."""
 
 import math
 from collections.abc import Sequence
@@ -13,64 +13,8 @@ from abkd import ranges
 from abkd.divergences import Divergence
 from abkd.divergences.top_k import Kept, Tail, is_reduced, marks_of_kept
 from abkd.errors import InputError
-from abkd.head import LMHead
 
 _MASS_TOLERANCE = 0.01  # of a row's mass: what quantised log-probabilities may be off, and a forgotten rest is not
-
-
-@dataclass(frozen=True, eq=False)
-class DenseTargets:
-    """Logits `[N, vocab]`, any float dtype; -inf forbids a class."""
-
-    values: Tensor
-
-    def __post_init__(self):
-        if self.values.dim() != 2:
-            raise InputError(f"logits of the teacher must be [N, vocab], got {tuple(self.values.shape)}")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, vocab)."""
-        return self.values.shape[0], self.values.shape[1]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Those that may ask for a gradient."""
-        return [self.values]
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        """`[stop - start, vocab]` in fp32 at least, differentiable."""
-        rows = self.values[start:stop]
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-@dataclass(frozen=True, eq=False)
-class HiddenTargets:
-    """What the teacher's output head receives, `[N, hidden]`, and the head: vocab / hidden times smaller."""
-
-    hidden: Tensor
-    head: LMHead
-
-    def __post_init__(self):
-        if self.hidden.dim() != 2 or self.hidden.shape[1] != self.head.weight.shape[1]:
-            raise InputError(
-                f"hidden states of the teacher must be [N, {self.head.weight.shape[1]}] for its head, "
-                f"got {tuple(self.hidden.shape)}"
-            )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, vocab)."""
-        return self.hidden.shape[0], self.head.vocab
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Those that may ask for a gradient."""
-        return [self.hidden, *self.head.tensors]
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        """`[stop - start, vocab]` in fp32 at least, differentiable."""
-        return self.head.logits(self.hidden[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,9 +246,6 @@ class TopKTargets:
             raise InputError("tail_log_mass must be -inf where a row keeps all classes, so that there is no rest")
         if self.log_weights is not None and not bool((self.log_weights.isfinite() | ~is_kept).all()):
             raise InputError("log_weights must be finite where a class is kept; one of weight 0 is not kept")
-
-
-Targets = DenseTargets | HiddenTargets | TopKTargets
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
