@@ -48,7 +48,7 @@ def _look_at_images(recipe: config.ImageRecipe, inputs: Any, say: Say, num_examp
     some = inputs.train.at(slice(num_examples))
     setup = images.prepare(recipe, inputs._replace(train=some, is_labelled=inputs.is_labelled[:num_examples]), say)
     size = recipe.evaluation.batch_size
-    models = images.make_student(recipe, setup, say), images.teacher_model(setup)
+    models = images.make_student(recipe, setup, say), images.loaded_teacher(setup)
     rows = [all_logits(model.eval(), setup.train, size).log_softmax(-1) for model in models]
     for student, teacher in zip(*(each.split(size) for each in rows), strict=True):
         meter(student, teacher)

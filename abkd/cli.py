@@ -14,7 +14,7 @@ from typing import Any
 
 from abkd import ranks
 from abkd.caching import options as cache_options
-from abkd.config import InProcess, LanguageRecipe, Recipe
+from abkd.config import ImageRecipe, InProcess, LanguageRecipe, Recipe
 from abkd.errors import InputError
 from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.rundir import RECIPE, RunDir
@@ -358,10 +358,17 @@ def _cache(options: argparse.Namespace) -> int:
     inputs = check_inputs(recipe)
     _say("loading torch and transformers")
     _quieten_libraries()
-    from abkd.caching.texts import cache_texts
+    folder = Path(options.output)
+    if isinstance(recipe, LanguageRecipe):
+        from abkd.caching.texts import cache_texts
 
-    assert isinstance(recipe, LanguageRecipe) and isinstance(inputs, Inputs)
-    cache_texts(recipe, inputs, wanted, Path(options.output), _say)
+        assert isinstance(inputs, Inputs)
+        cache_texts(recipe, inputs, wanted, folder, _say)
+    else:
+        from abkd.caching.pictures import cache_pictures
+
+        assert isinstance(recipe, ImageRecipe) and not isinstance(inputs, Inputs)
+        cache_pictures(recipe, inputs, wanted, folder, _say)
     return DONE
 
 

@@ -1,5 +1,6 @@
 """What an image classifier's recipe names, found, read and checked before torch is imported."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from abkd import config
 from abkd.config.image_models import (
     CIFAR_100_MEAN,
     CIFAR_100_STD,
+    CachedClassifier,
     CLIPSection,
     CLIPStudent,
     CLIPTeacher,
@@ -29,6 +31,7 @@ from abkd.errors import InputError
 from abkd.models.classifiers import find_classifier
 from abkd.models.pretrained import find_model
 from abkd.paths import find_path
+from abkd.teachers.cache.manifest import Manifest
 
 
 class ImageInputs(NamedTuple):
@@ -148,7 +151,37 @@ def classifier_arguments(section: ImageModel, field: str) -> dict[str, Any]:
     return given | {"section": field}
 
 
-def _describe(section: ImageModel | CLIPSection, field: str) -> str:
+def images_of(recipe: config.ImageRecipe, inputs: ImageInputs) -> dict[str, Any]:
+    """What a cached teacher's logits are of: the images themselves, and what happens to those that are trained on."""
+    augmentation = recipe.data.augmentation.model_dump(mode="json", exclude={"repeat_every"})
+    parts = {"train": inputs.train, "validation": inputs.validation, "test": inputs.test}
+    described = {name: _digest(images) for name, images in parts.items() if images is not None}
+    return {"classes": list(inputs.train.classes), "augmentation": augmentation, **described}
+
+
+def _digest(images: LabelledImages) -> dict[str, Any]:
+    """Of the pixels; of files that are decoded later, of their names and lengths."""
+    digest = hashlib.sha256()
+    if isinstance(images, ImageFiles):
+        for path in images.images:
+            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size} {images.size};".encode())
+    else:
+        digest.update(str(images.images.shape).encode())
+        digest.update(np.ascontiguousarray(images.images).data)
+    return {"num_images": len(images), "origin_digest": digest.hexdigest()[:16]}
+
+
+def _check_cache(section: CachedClassifier) -> str:
+    folder = find_path(section.path, "teacher.path")
+    manifest = Manifest.read(folder, "teacher.path")
+    manifest.check_task("image_classification", "teacher.path")
+    manifest.check_complete(folder, "teacher.path")
+    return f"teacher: {manifest.described}, {manifest.num_examples:,} images"
+
+
+def _describe(section: ImageModel | CLIPSection | CachedClassifier, field: str) -> str:
+    if isinstance(section, CachedClassifier):
+        return _check_cache(section)
     if isinstance(section, CLIPStudent | CLIPTeacher):
         found = find_model(section.path, f"{field}.path")
         if section.prompts and not find_path(section.prompts, f"{field}.prompts").exists():

@@ -31,7 +31,7 @@ def rows_of_recipe(recipe: config.Recipe, inputs: Any, say: Say, num_rows: int =
     if isinstance(recipe, config.ImageRecipe):
         some = inputs._replace(train=inputs.train.at(slice(num_rows)), is_labelled=inputs.is_labelled[:num_rows])
         setup = images.prepare(recipe, some, say)
-        models = images.make_student(recipe, setup, say).eval(), images.teacher_model(setup)
+        models = images.make_student(recipe, setup, say).eval(), images.loaded_teacher(setup)
         student, teacher = (all_logits(model, setup.train, num_rows) for model in models)
         classes: Sequence[str] = setup.train.classes
         names = [f"image {number}: {classes[label]}" for number, label in enumerate(setup.train.labels.clamp(min=0))]

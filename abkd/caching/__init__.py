@@ -1,1 +1,1 @@
-"""`abkd cache`: a recipe's teacher writes its targets down. `options` says what, `texts` and `images` of what."""
+"""`abkd cache`: a recipe's teacher writes its targets down. `options` says what, `texts` and `pictures` of what."""

@@ -25,11 +25,11 @@ def describe_cache(folder: Path) -> list[str]:
     busy = [number for number in missing if is_claimed(claim_file(folder, number))]
     lines = [
         f"targets: {manifest.described}",
-        f"of: {manifest.num_examples:,} examples, {manifest.num_tokens:,} tokens, {manifest.vocab:,} classes",
+        f"of: {manifest.num_examples:,} examples, {manifest.num_tokens:,} {manifest.unit}s, {manifest.vocab:,} classes",
         f"teacher: {_said(section)}",
         f"data: {_said({name: value for name, value in manifest.data.items() if name != 'digest'})}",
         f"shards: {len(there):,} of {len(manifest.shards):,}, {size / 2**20:,.1f} MiB, "
-        f"{size / max(tokens, 1):,.1f} bytes a token",
+        f"{size / max(tokens, 1):,.1f} bytes a {manifest.unit}",
         f"written by abkd {manifest.version}, format {manifest.format}",
     ]
     if manifest.is_reduced:

@@ -40,8 +40,8 @@ def write_cache(
     """
     each = num_bytes / max(manifest.num_tokens, 1)
     say(
-        f"cache: {manifest.described}; {manifest.num_examples:,} examples, {manifest.num_tokens:,} tokens, at most "
-        f"{each:,.0f} bytes a token, {num_bytes / 2**20:,.1f} MiB in {len(manifest.shards):,} shards"
+        f"cache: {manifest.described}; {manifest.num_examples:,} examples, {manifest.num_tokens:,} {manifest.unit}s, "
+        f"at most {each:,.0f} bytes each, {num_bytes / 2**20:,.1f} MiB in {len(manifest.shards):,} shards"
     )
     _check_disk(folder, num_bytes)
     manifest.write(folder)
@@ -54,7 +54,7 @@ def write_cache(
         say(f"going on: {len(manifest.shards) - len(missing):,} of {len(manifest.shards):,} shards are there")
     total = sum(manifest.shards[number][1] for number in missing)
     bar: Any
-    with tqdm(total=total, unit="token", desc=folder.name, unit_scale=True) as bar:
+    with tqdm(total=total, unit=manifest.unit, desc=folder.name, unit_scale=True) as bar:
         for number in missing:
             with _claimed(folder, number) as mine:
                 if mine:
@@ -65,7 +65,9 @@ def write_cache(
         say(f"the other {len(left):,} shards are being written by other processes")
         return
     size = sum(shard_file(folder, number).stat().st_size for number in range(len(manifest.shards)))
-    say(f"{folder} is finished: {size / 2**20:,.1f} MiB, {size / max(manifest.num_tokens, 1):,.1f} bytes a token")
+    say(
+        f"{folder} is finished: {size / 2**20:,.1f} MiB, {size / max(manifest.num_tokens, 1):,.1f} bytes a {manifest.unit}"
+    )
 
 
 @contextmanager

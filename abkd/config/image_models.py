@@ -99,6 +99,16 @@ class CLIPTeacher(CLIPSection, _Remembering):
     (.pth.tar). Empty is zero-shot CLIP, with the template of the data set."""
 
 
-ImageTeacher = Annotated[CifarTeacher | PretrainedTeacher | TimmTeacher | CLIPTeacher, Field(discriminator="kind")]
+class CachedClassifier(Section):
+    """What `abkd cache` wrote; the teacher itself is not loaded."""
+
+    kind: Literal["cached"]
+    path: str = Field(min_length=1)
+    """The cache's folder."""
+
+
+ImageTeacher = Annotated[
+    CifarTeacher | PretrainedTeacher | TimmTeacher | CLIPTeacher | CachedClassifier, Field(discriminator="kind")
+]
 ImageModel = CifarNetwork | PretrainedClassifier | TimmNetwork
 ImageStudent = Annotated[ImageModel | CLIPStudent, Field(discriminator="kind")]

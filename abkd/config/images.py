@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from abkd.config.fields import Count, CountOrZero, NonNegative, Positive, Recipe, Section
-from abkd.config.image_models import ImageStudent, ImageTeacher
+from abkd.config.image_models import CachedClassifier, ImageStudent, ImageTeacher
 from abkd.config.objective import Objective
 from abkd.config.training import Training
 
@@ -21,6 +21,8 @@ class Augmentation(Section):
     """Share of the image that is cut out and resized to its size, as [0.08, 1]; instead of crop_padding."""
     seed: CountOrZero = 0
     """Of crops and flips: epoch after epoch the same for every training.seed, so that teachers may remember."""
+    repeat_every: CountOrZero = 0
+    """Epochs after which they come again, so that a teacher has no more to remember or to cache; 0 for never."""
 
     @model_validator(mode="after")
     def _a_share(self):
@@ -194,6 +196,11 @@ class ImageRecipe(Recipe):
             raise ValueError(
                 "there is no teacher; set teacher.kind and its path, or to train on labels alone "
                 "objective.kd_weight=0 objective.ce_weight=1 objective.features=[]"
+            )
+        if isinstance(self.teacher, CachedClassifier) and self.objective.features:
+            raise ValueError(
+                "objective.features are of a teacher's layers, and teacher.kind=cached has none; set it to [], or give "
+                "the teacher itself"
             )
         if self.teacher and not (self.teacher.path or getattr(self.teacher, "pretrained", False)):
             raise ValueError("teacher.path is empty, and random weights teach nothing; give its weights")

@@ -33,6 +33,7 @@ class Augmentation:
         scale: (lowest, highest) share of the area, 0 < lowest <= highest <= 1: a crop of that share and of an aspect of
             3/4 to 4/3, resized to the image's size, takes the place of the padded one.
         seed: another one gives other crops and flips.
+        repeat_every: epochs after which the crops and flips come again; 0 for never.
 
     Source: the padded crop as in He et al., "Deep residual learning", 2015, section 4.2; the resized one as in Szegedy
         et al., "Going deeper with convolutions", 2014, section 6.
@@ -42,12 +43,27 @@ class Augmentation:
     flip: bool = True
     scale: tuple[float, float] | None = None
     seed: int = 0
+    repeat_every: int = 0
 
     def __post_init__(self):
         if self.crop_padding < 0:
             raise InputError(f"crop_padding={self.crop_padding} must be 0 or more pixels")
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise InputError(f"scale={self.scale} must be (lowest, highest) share of the area, within 0 to 1")
+        if self.repeat_every < 0:
+            raise InputError(f"repeat_every={self.repeat_every} must be 0 or more epochs")
+
+    @property
+    def period(self) -> int:
+        """Epochs of different images; 0 where they never come again."""
+        is_random = self.crop_padding > 0 or self.flip or self.scale is not None
+        return self.repeat_every if is_random else 1
+
+
+def repeated(keys: Tensor, augmentation: Augmentation | None, num_images: int) -> Tensor:
+    """The first keys whose images are the same as those of `keys`."""
+    period = 1 if augmentation is None else augmentation.period
+    return keys % (period * num_images) if period else keys
 
 
 class Draws:
@@ -92,6 +108,8 @@ class Images(abc.ABC):
     labels: Tensor
     """int64 `[N]`."""
     classes: tuple[str, ...]
+    part = ""
+    """Which of a recipe's images they are: train, validation or test."""
 
     @abc.abstractmethod
     def batch(self, keys: Tensor, augmentation: Augmentation | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Image classifiers: what `abkd.run` asks of a task."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,27 +13,32 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from abkd import config
 from abkd.card import image_card as model_card
-from abkd.config.image_models import CLIPStudent, CLIPTeacher, ImageModel
+from abkd.config.image_models import CachedClassifier, CLIPStudent, CLIPTeacher, ImageModel
 from abkd.data.clip_sets import CLIP_SETS, CONTEXT, base_and_new
 from abkd.data.image_folders import FolderStore
 from abkd.data.images import Augmentation, Images, ImageStore
 from abkd.data.labelled_images import ImageFiles, LabelledImages
+from abkd.errors import InputError
 from abkd.evaluation.base_and_new import BaseToNewMeter
 from abkd.evaluation.classification import ClassificationMeter
-from abkd.image_inputs import ImageInputs, classifier_arguments
+from abkd.image_inputs import ImageInputs, classifier_arguments, images_of
 from abkd.models.classifiers import load_classifier, save_classifier
 from abkd.models.clip import PromptedClassifier
 from abkd.models.image_classifier import ImageClassifier
 from abkd.objective import IGNORED_LABEL
 from abkd.parts import make_objective, make_terms
+from abkd.paths import find_path
 from abkd.ranks import is_first
 from abkd.rundir import RunDir
 from abkd.setup import Say
 from abkd.tasks import clip
 from abkd.tasks.arguments import training_arguments
-from abkd.teachers.classifier import ClassifierTeacher
+from abkd.teachers.cache.manifest import Manifest
+from abkd.teachers.cache.store import Store
+from abkd.teachers.cached_classifier import CachedClassifierTeacher
+from abkd.teachers.classifier import AbstractClassifierTeacher, ClassifierTeacher
 from abkd.trainer import VALIDATION_DIVERGENCES, ImageDistillationTrainer
-from abkd.trainer.images import all_logits, classify, steps_per_epoch
+from abkd.trainer.images import classify, steps_per_epoch, teacher_logits
 from abkd.trainer.rates import RateFactor
 
 __all__ = [
@@ -45,7 +51,7 @@ __all__ = [
 class ImageSetup:
     """What runs of one teacher on one data set share."""
 
-    teacher: ClassifierTeacher | None
+    teacher: AbstractClassifierTeacher | None
     train: Images
     validation: Images | None
     """Training images set aside, if any."""
@@ -55,32 +61,55 @@ class ImageSetup:
     def teacher_test_logits(self, batch_size: int) -> Tensor | None:
         """`[N, classes]`, made once."""
         if self.teacher is not None and not self._teacher_test_logits:
-            self._teacher_test_logits.append(all_logits(self.teacher.model, self.test, batch_size))
+            self._teacher_test_logits.append(teacher_logits(self.teacher, self.test, batch_size))
         return self._teacher_test_logits[0] if self._teacher_test_logits else None
 
 
 def prepare(recipe: config.ImageRecipe, inputs: ImageInputs, say: Say, to_train: bool = False) -> ImageSetup:
     """Loads the teacher, and puts the images where batches are made of them."""
     say(inputs.summary)
-    train = _store(inputs.train)
+    train = _store(inputs.train, "train")
     train.labels = train.labels.masked_fill(~torch.from_numpy(inputs.is_labelled), IGNORED_LABEL)
-    validation = None if inputs.validation is None else _store(inputs.validation)
+    validation = None if inputs.validation is None else _store(inputs.validation, "validation")
     teacher = None
     if recipe.teacher is not None:
-        say(f"loading the teacher {recipe.teacher.path or getattr(recipe.teacher, 'name', '')}")
-        teacher = ClassifierTeacher(_make_teacher(recipe, train.classes), remember=recipe.teacher.remember)
-    return ImageSetup(teacher, train, validation, _store(inputs.test))
+        teacher = _open_cache(recipe, inputs) if recipe.teacher.kind == "cached" else _load(recipe, train.classes, say)
+    return ImageSetup(teacher, train, validation, _store(inputs.test, "test"))
 
 
-def _store(images: LabelledImages) -> Images:
+def _store(images: LabelledImages, part: str) -> Images:
+    store: Images
     if isinstance(images, ImageFiles):
-        return FolderStore(images.images.tolist(), images.labels, images.classes, size=images.size)
-    return ImageStore(images)
+        store = FolderStore(images.images.tolist(), images.labels, images.classes, size=images.size)
+    else:
+        store = ImageStore(images)
+    store.part = part
+    return store
 
 
-def _make_teacher(recipe: config.ImageRecipe, classes: tuple[str, ...]) -> nn.Module:
+def _open_cache(recipe: config.ImageRecipe, inputs: ImageInputs) -> CachedClassifierTeacher:
+    assert recipe.teacher is not None
+    folder = find_path(recipe.teacher.path, "teacher.path")
+    store = Store(folder, Manifest.read(folder, "teacher.path"), "teacher.path")
+    return CachedClassifierTeacher(store, images_of(recipe, inputs), num_distinct_epochs(recipe, len(inputs.train)))
+
+
+def num_distinct_epochs(recipe: config.ImageRecipe, num_images: int) -> int:
+    """Of the training, after which its augmented images come again."""
+    options = recipe.training
+    steps = steps_per_epoch(num_images, options.batch_size, options.accumulation, drop_last=options.drop_last)
+    num_epochs = math.ceil(options.num_epochs or options.num_steps / steps)
+    return min(num_epochs, Augmentation(**recipe.data.augmentation.model_dump()).period or num_epochs)
+
+
+def _load(recipe: config.ImageRecipe, classes: tuple[str, ...], say: Say) -> ClassifierTeacher:
     section = recipe.teacher
-    assert section is not None
+    assert section is not None and not isinstance(section, CachedClassifier)
+    say(f"loading the teacher {section.path or getattr(section, 'name', '')}")
+    return ClassifierTeacher(_make_teacher(section, recipe, classes), remember=section.remember)
+
+
+def _make_teacher(section: Any, recipe: config.ImageRecipe, classes: tuple[str, ...]) -> nn.Module:
     if isinstance(section, CLIPTeacher):
         template = CLIP_SETS[recipe.data.clip_set].template if recipe.data.clip_set else CONTEXT
         return clip.make_teacher(section, classes, template)
@@ -101,9 +130,16 @@ def make_student(recipe: config.ImageRecipe, setup: ImageSetup, say: Say) -> nn.
     return make_model(section, "student", classes, seed=seed)
 
 
-def teacher_model(setup: ImageSetup) -> nn.Module:
-    assert setup.teacher is not None
-    return setup.teacher.model
+def teacher_model(setup: ImageSetup) -> nn.Module | None:
+    """None where the teacher is not a model in this process."""
+    return None if setup.teacher is None else setup.teacher.model
+
+
+def loaded_teacher(setup: ImageSetup) -> nn.Module:
+    """Raises InputError where the teacher is not a model in this process."""
+    if (model := teacher_model(setup)) is None:
+        raise InputError("teacher: this needs the teacher's network, which a cache has not; give the teacher itself")
+    return model
 
 
 def make_trainer(
@@ -117,7 +153,7 @@ def make_trainer(
     terms = [
         term.attach(
             student,
-            teacher_model(setup),
+            loaded_teacher(setup),
             lambda model: model(setup.train.batch(torch.arange(min(2, len(setup.train))))),
             num_examples=len(setup.train),
             labels=setup.train.labels,
@@ -174,7 +210,8 @@ def place(recipe: config.ImageRecipe, setup: ImageSetup, student: nn.Module, dev
 def measure_before(
     recipe: config.ImageRecipe, setup: ImageSetup, student: nn.Module, keep: Path | None = None
 ) -> dict[str, Any]:
-    teacher = {"teacher": measure(recipe, setup, setup.teacher.model)} if setup.teacher is not None else {}
+    model = teacher_model(setup)
+    teacher = {} if model is None else {"teacher": measure(recipe, setup, model)}
     return teacher | {"before": measure(recipe, setup, student)}
 
 

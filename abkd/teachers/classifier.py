@@ -1,11 +1,24 @@
-"""A frozen image classifier in the same process as the student."""
+"""A frozen image classifier in the same process as the student, and what every such teacher does."""
+
+import abc
 
 import torch
 from torch import Tensor, nn
 
 
-class ClassifierTeacher:
-    """Gives logits of a batch of images; never trains, never keeps a graph.
+class AbstractClassifierTeacher(abc.ABC):
+    """Gives logits of a batch of images; never trains, never keeps a graph."""
+
+    model: nn.Module | None = None
+    """Where it is a model in this process: it can be measured, and its layers looked at."""
+
+    @abc.abstractmethod
+    def logits(self, images: Tensor, keys: Tensor) -> Tensor:
+        """`[batch, classes]` of the images of these keys, int64 `[batch]`."""
+
+
+class ClassifierTeacher(AbstractClassifierTeacher):
+    """A model that looks at each batch.
 
     Args:
         model: images `[batch, 3, height, width]` in 0 to 1 -> logits `[batch, classes]`. It is frozen and put in
@@ -14,6 +27,8 @@ class ClassifierTeacher:
             data set and one augmentation, whose keys then stand for the same images (`abkd.data.images`).
     """
 
+    model: nn.Module
+
     def __init__(self, model: nn.Module, *, remember: bool = False):
         self.model = model.eval().requires_grad_(False)
         self.remember = remember
@@ -21,7 +36,6 @@ class ClassifierTeacher:
 
     @torch.no_grad()
     def logits(self, images: Tensor, keys: Tensor) -> Tensor:
-        """`[batch, classes]` of the images of these keys, int64 `[batch]`."""
         if not self.remember:
             return self.model(images)
         wanted = keys.tolist()

@@ -11,14 +11,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerCallback, TrainingArguments
 
-from abkd.data.images import Augmentation, EpochSampler, Images
+from abkd.data.images import Augmentation, EpochSampler, Images, repeated
 from abkd.errors import InputError
 from abkd.evaluation.classification import ClassificationMeter
 from abkd.features import AttachedTerm
 from abkd.objective import Objective
 from abkd.ranks import num_ranks, rank, summed, take_from_first
 from abkd.targets import DenseTargets
-from abkd.teachers.classifier import ClassifierTeacher
+from abkd.teachers.cached_classifier import CachedClassifierTeacher
+from abkd.teachers.classifier import AbstractClassifierTeacher
 from abkd.trainer.loop import VALIDATION_DIVERGENCES, AbstractDistillationTrainer
 
 _NAMES = {
@@ -38,7 +39,7 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
     Args:
         model: images `[batch, 3, height, width]` in 0 to 1 -> logits `[batch, classes]`; it normalises them itself, as
             `ImageClassifier` does.
-        teacher: of the same classes. None where kd_weight is 0.
+        teacher: of the same classes; one that is no model has no layers for terms. None where kd_weight is 0.
         train_images, validation_images: with labels; one of -100 counts for the divergence alone.
         augmentation: of the training images; the teacher sees the same ones. None leaves them as they are.
         terms: on features of both models, attached to them; in one process. Their parameters are trained too.
@@ -57,7 +58,7 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
         *,
         model: nn.Module,
         args: TrainingArguments,
-        teacher: ClassifierTeacher | None,
+        teacher: AbstractClassifierTeacher | None,
         objective: Objective,
         train_images: Images,
         validation_images: Images,
@@ -80,7 +81,7 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
         )
         device = self.args.device
         self.teacher = teacher
-        if teacher is not None:
+        if teacher is not None and teacher.model is not None:
             teacher.model.to(device)
         self.train_images, self.validation_images = train_images.to(device), validation_images.to(device)
         self.augmentation = augmentation
@@ -98,7 +99,7 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
     def loss_of(
         self, model: nn.Module, inputs: dict[str, Tensor], objective: Objective, count: Tensor | int | None
     ) -> Tensor:
-        keys = inputs["keys"]
+        keys = repeated(inputs["keys"], self.augmentation, len(self.train_images))
         images, labels = self.train_images.batch(keys, self.augmentation), self.train_images.labels_of(keys)
         teacher_logits = None
         if self.teacher is not None and (objective.kd_weight > 0 or self.terms):
@@ -148,7 +149,7 @@ class ImageDistillationTrainer(AbstractDistillationTrainer):
         """`ClassificationMeter.result`."""
         size = self.args.per_device_eval_batch_size
         if self.teacher is not None and self._teacher_logits is None:
-            self._teacher_logits = all_logits(self.teacher.model, examples, size)
+            self._teacher_logits = teacher_logits(self.teacher, examples, size)
         meter = ClassificationMeter(VALIDATION_DIVERGENCES if self.teacher else None)
         classify(self.model, examples, meter, batch_size=size, teacher_logits=self._teacher_logits)
         return {name: value for name, value in meter.result().items() if isinstance(value, (int, float))}
@@ -222,6 +223,14 @@ def classify(
             given = None if teacher_logits is None else teacher_logits[keys]
             meter.add(model(images.batch(keys)), images.labels_of(keys), given)
     model.train(was_training)
+
+
+def teacher_logits(teacher: AbstractClassifierTeacher, images: Images, batch_size: int) -> Tensor:
+    """`all_logits` of the teacher, or what it has of them."""
+    if isinstance(teacher, CachedClassifierTeacher):
+        return teacher.plain_logits(images.part)
+    assert teacher.model is not None
+    return all_logits(teacher.model, images, batch_size)
 
 
 @torch.no_grad()

@@ -54,6 +54,11 @@ class Manifest:
         return sum(examples for examples, _ in self.shards)
 
     @property
+    def unit(self) -> str:
+        """Of what a row is."""
+        return "token" if self.task == "language_model" else "image"
+
+    @property
     def described(self) -> str:
         """The kind of targets, in a few words."""
         of = self.targets

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from abkd.errors import InputError
 from abkd.teachers.cache.manifest import Manifest, shard_file
-from abkd.teachers.cache.shards import KEYS, Shard
+from abkd.teachers.cache.shards import KEYS, STARTS, Shard
 
 
 class Store:
@@ -43,6 +44,17 @@ class Store:
     def example(self, where: int) -> dict[str, Tensor]:
         """What its encoding made of an example, out of the mapped file."""
         return self.shard(int(self._shard_of[where])).example(int(self._place_of[where]))
+
+    def single_rows(self, where: np.ndarray) -> Tensor:
+        """`[n, width]` of dense examples of one row each."""
+        rows = []
+        for number in np.unique(self._shard_of[where]):
+            tensors = self.shard(int(number)).tensors
+            at = np.flatnonzero(self._shard_of[where] == number)
+            starts = tensors["rows" + STARTS][torch.from_numpy(self._place_of[where[at]])]
+            rows.append((at, tensors["rows"][starts]))
+        order = np.argsort(np.concatenate([at for at, _ in rows]))
+        return torch.cat([part for _, part in rows])[torch.from_numpy(order)]
 
     def shard(self, number: int) -> Shard:
         """Checked when it is first needed."""
