@@ -7,8 +7,8 @@ Errors: rows and students are those of `benchmarks/top_k.py`; each form is encod
 row, value and gradient on the hidden states as there. Bytes a token are those of the encoded rows; a shard adds 24 to
 each example. Samples: four of them, as there.
 
-Steps: the demo's teacher, data and trainer, each teacher in a process of its own, one after the other, `--repeats` times;
-median seconds of a step, the first two left out, and the share of them that the cache took.
+Steps: the demo's teacher, data and trainer, each teacher in a process of its own, one after the other, `--repeats`
+times; median seconds of a step, the first two left out, and the share of all steps in which the teacher was asked.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def write_errors() -> None:
     for layers in (28, 24):
         rows = top_k.read_rows(layers, 256)
         log_p = rows.teacher.log_softmax(-1)
-        dense = {d: rows.measure(lambda z, d=d: d(student=z.log_softmax(-1), teacher=log_p)) for d in POINTS}
+        dense = {d: rows.measure(lambda z, d=d, p=log_p: d(student=z.log_softmax(-1), teacher=p)) for d in POINTS}
         for name, (kind, precision, tail) in FORMS.items():
             samples = [form(rows, layers, kind, precision, tail, seed) for seed in range(4 if kind == "sampled" else 1)]
             for divergence, (value, _, gradient) in dense.items():
@@ -120,7 +120,7 @@ def write_steps(options) -> None:
     from abkd.cli import main as abkd
 
     with tempfile.TemporaryDirectory() as folder:
-        for name, kept in TEACHERS.items():
+        for kept in TEACHERS.values():
             if kept is not None and not (Path(folder) / kept[0][1] / "manifest.json").exists():
                 assert abkd(["cache", "demo", *kept[0], "--output", f"{folder}/{kept[0][1]}"]) == 0
         common = {"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "hardware": hardware("cpu")}

@@ -65,9 +65,8 @@ def write_cache(
         say(f"the other {len(left):,} shards are being written by other processes")
         return
     size = sum(shard_file(folder, number).stat().st_size for number in range(len(manifest.shards)))
-    say(
-        f"{folder} is finished: {size / 2**20:,.1f} MiB, {size / max(manifest.num_tokens, 1):,.1f} bytes a {manifest.unit}"
-    )
+    each = size / max(manifest.num_tokens, 1)
+    say(f"{folder} is finished: {size / 2**20:,.1f} MiB, {each:,.1f} bytes a {manifest.unit}")
 
 
 @contextmanager
