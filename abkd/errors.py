@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints the line and exits with 2. Every other exception is a defect of ours.
     """
+
+
+class ServerLost(InputError):
+    """A teacher's server does not answer: what was trained is kept, and resume=true goes on."""
