@@ -20,6 +20,7 @@ from abkd.errors import InputError
 from abkd.teachers.connection import Connection, Malformed, Refused, read, read_list
 
 Api = Literal["vllm", "sglang", "llama_cpp"]
+_CERTAIN = 1e6  # added to a logit, so that the sampler takes no other token
 
 
 class Entry(NamedTuple):
@@ -163,7 +164,10 @@ class SGLang(Dialect):
 
 
 class LlamaCpp(Dialect):
-    """The row after the prompt alone: one request a row, each prompt a token longer, which the server's cache knows."""
+    """The row after the prompt alone: one request a row, each prompt a token longer, which the server's cache knows.
+
+    Without a bias, which the sampler alone sees, it would draw half a character now and then, and then write no row.
+    """
 
     owner, fact = "llamacpp", ("/props", "default_generation_settings")
     ways_out: ClassVar = {
@@ -183,6 +187,7 @@ class LlamaCpp(Dialect):
             "n_probs": k,
             "post_sampling_probs": False,
             "cache_prompt": True,
+            "logit_bias": [["a", _CERTAIN]],
         }
         answer = self.connection.ask("/completion", body)
         _check_count(read(answer, "tokens_evaluated"), len(prompt), "tokens")
