@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from abkd.teachers.classifier import ClassifierTeacher
     from abkd.teachers.in_process import InProcessTeacher
     from abkd.teachers.mixture import MixtureTeacher
+    from abkd.teachers.served import ServedTeacher
     from abkd.trainer import DistillationTrainer, ImageDistillationTrainer
 
 
@@ -42,6 +43,7 @@ _HOMES = {
     "MixtureTeacher": "abkd.teachers.mixture",
     "Objective": "abkd.objective",
     "ReverseKL": "abkd.divergences",
+    "ServedTeacher": "abkd.teachers.served",
     "TopKTargets": "abkd.targets",
     "alpha_beta": "abkd.divergences",
     "forward_kl": "abkd.divergences",
@@ -69,6 +71,7 @@ __all__ = [
     "MixtureTeacher",
     "Objective",
     "ReverseKL",
+    "ServedTeacher",
     "TopKTargets",
     "alpha_beta",
     "forward_kl",

@@ -1,5 +1,6 @@
 """The teacher's section of a language model's recipe -> the teacher, and the tokenizer that it reads with."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ from abkd.teachers.cache.store import Store
 from abkd.teachers.cached import CachedTeacher
 from abkd.teachers.in_process import InProcessTeacher
 from abkd.teachers.mixture import MixtureTeacher
+from abkd.teachers.served import ServedTeacher
 from abkd.teachers.teacher import Teacher
 from abkd.vocab import check_same_vocabulary
 
+API_KEY = "ABKD_API_KEY"
+"""Environment variable with the key of a served teacher."""
+CHECKED = 8
+"""Examples that a server is asked to tokenize before the training."""
 OF_TEXTS = (
     *("prompt_format", "max_prompt_tokens", "max_tokens", "long_prompts", "train", "subset", "split"),
     *("validation", "validation_split", "num_held_out", "max_train_rows", "max_validation_rows"),
@@ -89,7 +95,20 @@ def _make(section, recipe, tokenizer, examples, say, field: str) -> Teacher:
             return InProcessTeacher(model, remember=section.remember, pack=recipe.training.pack)
         case config.Cached():
             return _open_cache(section, recipe, examples, say, f"{field}.path")
+        case config.Served():
+            return _call_server(section, tokenizer, examples, say)
     raise AssertionError(section)
+
+
+def _call_server(section: config.Served, tokenizer, examples: Sequence[Example], say) -> ServedTeacher:
+    """Checked: the server is there, and reads what we read."""
+    options = section.model_dump(exclude={"kind", "tokenizer"})
+    vocab = max(tokenizer.get_vocab().values()) + 1
+    teacher = ServedTeacher(**options, tokenizer=tokenizer, vocab=vocab, api_key=os.environ.get(API_KEY))
+    longest = max(examples, key=lambda each: len(each.prompt_ids) + len(each.completion_ids))
+    for line in teacher.check([[*each.prompt_ids, *each.completion_ids] for each in [longest, *examples[:CHECKED]]]):
+        say(line)
+    return teacher
 
 
 def _open_cache(section: config.Cached, recipe, examples, say, field: str) -> CachedTeacher:

@@ -15,8 +15,8 @@ from abkd.callbacks import MetricsWriter, ProgressBar, StopOnInterrupt, Validate
 from abkd.card import CARD
 from abkd.config import Recipe
 from abkd.engine import check_engine, describe
-from abkd.errors import InputError
-from abkd.ranks import on_all, on_first
+from abkd.errors import InputError, ServerLost
+from abkd.ranks import num_ranks, on_all, on_first
 from abkd.rundir import EVALUATION, RESULTS, RunDir
 from abkd.setup import Say
 from abkd.tasks import task_of
@@ -128,7 +128,13 @@ def _train_from_last_checkpoint(trainer: AbstractDistillationTrainer, run_dir: R
     on_first(lambda: run_dir.drop_metrics_after(int(whole[-1].name.rpartition("-")[2]) if whole else -1))
     if whole:
         say(f"going on from {whole[-1]}")
-    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+    except ServerLost as error:
+        step = trainer.state.global_step
+        if num_ranks() == 1 and step and not run_dir.checkpoint(step).exists():
+            trainer.keep_step()
+        raise ServerLost(f"{error}; go on with: {run_dir.how_to_go_on}") from error
 
 
 def _save_student(task: ModuleType, student: nn.Module, trainer: AbstractDistillationTrainer, run_dir: RunDir) -> None:

@@ -34,6 +34,7 @@ ONLY_IN = {
         "config/training.py",
         "recipe.py",
     },
+    "requests": {"teachers/connection.py"},
     "rich": {"analysis/table.py"},
     "rouge_score": {"evaluation/rouge.py"},
     "vllm": {"generation_vllm.py"},

@@ -172,6 +172,10 @@ class AbstractDistillationTrainer(Trainer):
         if checkpoint is not None:
             self.load_extra(Path(checkpoint))
 
+    def keep_step(self) -> None:
+        """A checkpoint of the steps that are done, for a training that broke off within the next one."""
+        self._save_checkpoint(self.model, None)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint is marked when it is whole; one that cannot be written is removed, the earlier ones stay."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
