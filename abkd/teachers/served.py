@@ -16,6 +16,7 @@ from abkd.teachers.servers import Api, Dialect, Entry, find_dialect
 from abkd.teachers.teacher import Teacher
 
 _NO_LOG_PROB = -1e3  # at or below, a server's way to write -inf
+_UNSEEN = 2.0**-24  # of 1, in fp32
 _MASS_TOLERANCE, _LOG_PROB_TOLERANCE = 0.01, 1e-3
 _OTHER = "its model has another vocabulary; serve the teacher whose tokenizer the student has"
 _NO_LOGITS = "let the server give log-probabilities, not logits or what a sampler made of them"
@@ -219,9 +220,14 @@ class ServedTeacher(Teacher):
         return {index: log_prob - math.log(left) for index, log_prob in kept.items()}
 
     def _log_rest(self, row: Row) -> float:
-        """ln of the mass of the classes that `row` leaves out."""
-        mass = _mass(row)
-        return math.log1p(-mass) if mass < 1 and len(row) < self._vocab else -math.inf
+        """ln of the mass of the classes that `row` leaves out.
+
+        What the server's fp32 cannot tell from 0 is more than that, and no more than the least of `row` for each class.
+        """
+        if (num_others := self._vocab - len(row)) == 0:
+            return -math.inf
+        rest = 1 - _mass(row)
+        return math.log(rest) if rest > _UNSEEN else min(math.log(_UNSEEN), min(row.values()) + math.log(num_others))
 
     def _error(self, what: str, way_out: str) -> InputError:
         return InputError(
