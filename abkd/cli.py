@@ -14,7 +14,7 @@ from typing import Any
 
 from abkd import ranks
 from abkd.caching import options as cache_options
-from abkd.config import ImageRecipe, InProcess, LanguageRecipe, Recipe
+from abkd.config import InProcess, LanguageRecipe, Recipe
 from abkd.errors import InputError
 from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.rundir import RECIPE, RunDir
@@ -353,21 +353,21 @@ def _cache(options: argparse.Namespace) -> int:
     if not options.output:
         raise InputError("--output: missing; give the folder of the cache")
     recipe = read_recipe(options.recipe, options.overrides).model_copy(update={"run_dir": "-", "resume": False})
-    from abkd.inputs import Inputs, check_inputs
+    if recipe.teacher is None:
+        raise InputError("teacher: there is none to be cached; set one in the recipe")
+    from abkd.caching.check import check
 
-    inputs = check_inputs(recipe)
+    folder = Path(options.output)
+    inputs = check(recipe, wanted, folder)
     _say("loading torch and transformers")
     _quieten_libraries()
-    folder = Path(options.output)
     if isinstance(recipe, LanguageRecipe):
         from abkd.caching.texts import cache_texts
 
-        assert isinstance(inputs, Inputs)
         cache_texts(recipe, inputs, wanted, folder, _say)
     else:
         from abkd.caching.pictures import cache_pictures
 
-        assert isinstance(recipe, ImageRecipe) and not isinstance(inputs, Inputs)
         cache_pictures(recipe, inputs, wanted, folder, _say)
     return DONE
 

@@ -114,7 +114,28 @@ def _check_cache(recipe: LanguageRecipe, section: Cached, field: str) -> str:
             f"{field}.path={section.path!r} holds {manifest.described}; use objective.divergence, or cache hidden "
             "states"
         )
+    if manifest.is_reduced and recipe.objective.kd_weight > 0:
+        _check_reduced(recipe, manifest, f"{field}.path={section.path!r}")
     return f"{field}: {manifest.described}, {manifest.num_examples:,} examples, {manifest.num_tokens:,} tokens"
+
+
+def _check_reduced(recipe: LanguageRecipe, manifest: Manifest, field: str) -> None:
+    """Top-k targets are at one temperature; a mixture makes rows of them, which a sample has not."""
+    made, objective = manifest.targets["temperature"], recipe.objective
+    if isinstance(recipe.teacher, Mixture):
+        if manifest.targets["kind"] == "sampled" or made != 1:
+            raise InputError(
+                f"{field}: the cache holds {manifest.described} at temperature {made:g}, and a mixture takes rows at "
+                "temperature 1; cache them with --targets top_k --temperature 1, or hidden states"
+            )
+        return
+    name = "temperature" if objective.teacher_temperature is None else "teacher_temperature"
+    asked = getattr(objective, name)
+    if asked != made:
+        raise InputError(
+            f"{field}: the cache holds {manifest.described} at temperature {made:g}, and here is objective.{name}="
+            f"{asked:g}; set objective.teacher_temperature={made:g}, or cache them with --temperature {asked:g}"
+        )
 
 
 def _check_packages(recipe: LanguageRecipe) -> None:

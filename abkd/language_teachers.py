@@ -45,11 +45,11 @@ def _tokenizer(section: Any, recipe: config.LanguageRecipe, field: str) -> PreTr
         case config.InProcess(path=path):
             return load_tokenizer(path, f"{field}.path")
         case config.Cached(path=path):
-            return _cached_tokenizer(find_path(path, f"{field}.path"), f"{field}.path")
+            return cached_tokenizer(find_path(path, f"{field}.path"), f"{field}.path")
     return load_tokenizer(section.tokenizer or recipe.student.path, f"{field}.tokenizer")
 
 
-def _cached_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
+def cached_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
     manifest = Manifest.read(folder, field)
     tokenizer = load_tokenizer_folder(folder / TOKENIZER, field)
     if tokenizer_digests(tokenizer) != manifest.tokenizer:

@@ -6,10 +6,12 @@ from typing import Any
 from tqdm import tqdm
 
 from abkd.errors import InputError
+from abkd.language_teachers import cached_tokenizer
 from abkd.teachers.cache.claims import is_claimed
 from abkd.teachers.cache.encoding import RANGE
 from abkd.teachers.cache.manifest import Manifest, shard_file
 from abkd.teachers.cache.shards import Shard, claim_file
+from abkd.teachers.cached import read_head
 
 FIELD = "cache"
 
@@ -47,9 +49,18 @@ def _said(section: dict[str, Any]) -> str:
 
 
 def verify_cache(folder: Path) -> list[str]:
-    """Problems, a line each; empty where every shard is there and is what its checksum says."""
+    """Problems, a line each; empty where tokenizer, head and every shard are there and what their checksums say."""
     manifest = Manifest.read(folder, FIELD)
     problems = []
+    for is_there, read in (
+        (manifest.tokenizer, lambda: cached_tokenizer(folder, FIELD)),
+        (manifest.targets["kind"] == "hidden", lambda: read_head(folder, manifest, FIELD)),
+    ):
+        try:
+            if is_there:
+                read()
+        except InputError as error:
+            problems.append(str(error))
     for number in tqdm(range(len(manifest.shards)), desc="verifying", unit="shard", leave=False):
         try:
             shard = Shard.read(folder, number, manifest.digest, FIELD)

@@ -43,6 +43,8 @@ class CacheOptions:
             raise InputError(f"--exact={self.num_exact}: is of --targets sampled; leave it out")
         if self.k is not None and self.bytes_per_token is not None:
             raise InputError("--k and --bytes-per-token say the same; give one of them")
+        if (self.k or 0) > 32_767:  # their number has 16 bits
+            raise InputError(f"--k={self.k}: must be at most 32767; to keep more, use --targets hidden or logits")
         if not 4 <= self.value_bits <= 16:
             raise InputError(f"--value-bits={self.value_bits}: must lie between 4 and 16")
 
@@ -65,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options_of(given: argparse.Namespace) -> CacheOptions:
     """Raises InputError for what is out of range or does not go together."""
     for name in ("k", "exact", "bytes_per_token", "shard_tokens", "batch_size"):
-        value = getattr(given, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')}={value}: must be at least 1")
+        value, least = getattr(given, name), 0 if name == "exact" else 1
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')}={value}: must be at least {least}")
     if not 0 < given.top_p <= 1:
         raise InputError(f"--top-p={given.top_p:g}: must be above 0, at most 1")
     if given.temperature is not None and not 0 < given.temperature < float("inf"):

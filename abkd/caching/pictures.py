@@ -13,7 +13,6 @@ from abkd.caching.options import CacheOptions
 from abkd.caching.writing import Shard, write_cache
 from abkd.data.images import Augmentation
 from abkd.engine import device_type
-from abkd.errors import InputError
 from abkd.image_inputs import ImageInputs, images_of
 from abkd.setup import Say
 from abkd.tasks.images import ImageSetup, num_distinct_epochs, prepare
@@ -26,13 +25,9 @@ from abkd.teachers.cached_classifier import plain_image, plain_keys
 def cache_pictures(recipe: config.ImageRecipe, inputs: ImageInputs, options: CacheOptions, folder: Path, say: Say):
     """Logits of the training images as each epoch crops them, and of the test and validation images as they are.
 
-    Raises:
-        InputError: the recipe has no teacher, or one that is cached already; another kind of targets than logits.
+    Args:
+        recipe, inputs, options: as `abkd.caching.check.check` passed them.
     """
-    if options.kind != "logits":
-        raise InputError(f"--targets={options.kind}: is of language models; images have --targets logits")
-    if recipe.teacher is None or recipe.teacher.kind == "cached":
-        raise InputError("teacher: there is none to be cached; set one with its weights in the recipe")
     writer = _Writer(recipe, inputs, prepare(recipe, inputs, say), options)
     write_cache(folder, writer.manifest, writer.num_bytes, lambda folder: None, writer.make_shard, say)
 

@@ -16,15 +16,16 @@ from abkd.data.batches import Collator, num_tokens
 from abkd.data.instructions import Example
 from abkd.errors import InputError
 from abkd.fit import device_of
+from abkd.head import LMHead
 from abkd.inputs import Inputs
 from abkd.language_teachers import texts_of, tokenizer_digests
 from abkd.objective import completion_mask
 from abkd.setup import Say, Setup, prepare
 from abkd.targets import HiddenTargets, Targets, TopKTargets
-from abkd.teachers.cache.encoding import DenseEncoding, KeptEncoding
+from abkd.teachers.cache.encoding import MOST_CLASSES, DenseEncoding, KeptEncoding
 from abkd.teachers.cache.identity import weights_digest
 from abkd.teachers.cache.manifest import TOKENIZER, Manifest, digest_of, example_key
-from abkd.teachers.cached import HEAD, write_head
+from abkd.teachers.cached import HEAD, head_digest, write_head
 from abkd.teachers.teacher import Teacher
 
 DEFAULT_K = 50
@@ -64,6 +65,10 @@ class _Writer:
         self.parts = _partition(list(examples.items()), options.shard_tokens)
         first = self._targets([next(iter(examples.values()))])
         self.targets, self.encoding = _described(first, recipe, options)
+        self.head: LMHead | None = None
+        if options.kind == "hidden" and isinstance(first, HiddenTargets):
+            self.head = first.head
+            self.targets["head"] = head_digest(first.head)
         self.manifest = Manifest(
             task=recipe.task,
             targets=self.targets,
@@ -77,19 +82,19 @@ class _Writer:
 
     @property
     def num_bytes(self) -> int:
-        """Of the shards, at most."""
+        """Of the shards and the head, at most."""
         tokens = self.manifest.num_tokens
-        beside = 64 * self.manifest.num_examples
+        beside = 64 * self.manifest.num_examples + 2048 * len(self.parts)  # keys and starts; headers
+        if self.head is not None:
+            beside += 2048 + sum(tensor.nbytes for tensor in self.head.tensors)
         if isinstance(self.encoding, DenseEncoding):
             return self.encoding.most_bytes(tokens) + beside
         return self.encoding.most_bytes(tokens, self.targets["k"]) + beside
 
     def write_beside(self, folder: Path) -> None:
         put_beside(folder, TOKENIZER, self.setup.tokenizer.save_pretrained)
-        if self.targets["kind"] == "hidden":
-            found = self._targets([self.parts[0][0][1]])
-            assert isinstance(found, HiddenTargets)
-            put_beside(folder, HEAD, lambda part: write_head(found.head, part))
+        if (head := self.head) is not None:
+            put_beside(folder, HEAD, lambda part: write_head(head, part))
 
     def make_shard(self, number: int, progress: Callable[[int], Any]) -> Shard:
         """Examples of like length are read together."""
@@ -187,7 +192,9 @@ def _num_classes(options: CacheOptions, vocab: int, given: int | None) -> int:
     if options.bytes_per_token is None:
         return options.k or given or DEFAULT_K
     encoding = KeptEncoding(vocab, options.value_bits)
-    fits = [k for k in range(1, min(vocab, 32_767) + 1) if _bytes_of(encoding, options, k) <= options.bytes_per_token]
+    fits = [
+        k for k in range(1, min(vocab, MOST_CLASSES) + 1) if _bytes_of(encoding, options, k) <= options.bytes_per_token
+    ]
     if not fits:
         least = _bytes_of(encoding, options, 1)
         raise InputError(f"--bytes-per-token={options.bytes_per_token}: one class takes {least:.1f}; raise it")

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from abkd.errors import InputError
 from abkd.setup import Say
-from abkd.teachers.cache.claims import claim
+from abkd.teachers.cache.claims import claim, is_claimed, keep
 from abkd.teachers.cache.manifest import Manifest, shard_file
 from abkd.teachers.cache.shards import claim_file, drop_parts, write_shard
 
@@ -55,12 +56,12 @@ def write_cache(
     total = sum(manifest.shards[number][1] for number in missing)
     bar: Any
     with tqdm(total=total, unit=manifest.unit, desc=folder.name, unit_scale=True) as bar:
-        for number in missing:
-            with _claimed(folder, number) as mine:
-                if mine:
-                    write_shard(folder, number, manifest.digest, *make_shard(number, _progress(folder, number, bar)))
-                else:
-                    bar.total -= manifest.shards[number][1]
+        while free := _free(folder, manifest):  # again, for what others began and did not finish
+            for number in free:
+                with _claimed(folder, number) as mine:
+                    if mine:
+                        made = make_shard(number, _progress(folder, number, bar))
+                        write_shard(folder, number, manifest.digest, *made)
     if left := manifest.missing_shards(folder):
         say(f"the other {len(left):,} shards are being written by other processes")
         return
@@ -69,11 +70,17 @@ def write_cache(
     say(f"{folder} is finished: {size / 2**20:,.1f} MiB, {each:,.1f} bytes a {manifest.unit}")
 
 
+def _free(folder: Path, manifest: Manifest) -> list[int]:
+    """The shards that are not there, and that no other live process is writing."""
+    return [n for n in manifest.missing_shards(folder) if not is_claimed(claim_file(folder, n))]
+
+
 @contextmanager
 def _claimed(folder: Path, number: int):
     """Whether the shard is this process's to write, which it is till the end of the block."""
     file = claim_file(folder, number)
-    mine = not shard_file(folder, number).exists() and claim(file)
+    with _refusing(file):
+        mine = not shard_file(folder, number).exists() and claim(file)
     try:
         if mine:
             drop_parts(folder, number)
@@ -83,21 +90,29 @@ def _claimed(folder: Path, number: int):
             file.unlink(missing_ok=True)
 
 
+@contextmanager
+def _refusing(file: Path):
+    """Raises InputError where the disk does not take a file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--output: {file} cannot be written ({error}); then go on with the same command") from error
+
+
 def _progress(folder: Path, number: int, bar: Any) -> Callable[[int], None]:
     """Moves the bar and keeps the claim fresh."""
     file = claim_file(folder, number)
 
     def progress(num_tokens: int) -> None:
         bar.update(num_tokens)
-        if file.exists():
-            os.utime(file)
+        keep(file)
 
     return progress
 
 
 def _check_disk(folder: Path, num_bytes: int) -> None:
     existing = next(each for each in [folder, *folder.absolute().parents] if each.exists())
-    there = sum(file.stat().st_size for file in folder.glob("shard-*")) if folder.exists() else 0
+    there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = shutil.disk_usage(existing).free + there
     if free < num_bytes:
         raise InputError(
@@ -112,7 +127,8 @@ def put_beside(folder: Path, name: str, write: Callable[[Path], Any]) -> None:
     if target.exists():
         return
     part = folder / f".{name}.{os.getpid()}-{os.urandom(4).hex()}"
-    write(part)
+    with _refusing(target):
+        write(part)
     try:
         os.replace(part, target)
     except OSError:  # a folder that another process was first to write

@@ -142,15 +142,20 @@ class TopKTargets:
         """Without the classes from `vocab` on, as if their logits were -inf; those not kept are not known, and stay."""
         if vocab == self.vocab:
             return self
-        is_out = self.ids >= vocab
-        log_probs = self.log_probs.masked_fill(is_out, -math.inf)
-        excess = _log_mass(log_probs, self.tail_log_mass)
+        is_out = (self.ids >= vocab) | self.log_probs.isneginf()
+        order = is_out.long().argsort(dim=-1, stable=True)[:, :vocab]  # those that stay come first
+        is_out = is_out.gather(-1, order)
+        log_probs = self.log_probs.gather(-1, order).masked_fill(is_out, -math.inf)
+        rest = self.tail_log_mass.masked_fill((~is_out).sum(-1) == vocab, -math.inf)  # all are kept: there is none
+        excess = _log_mass(log_probs, rest)
+        weights = self.log_weights
         return replace(
             self,
-            ids=self.ids.masked_fill(is_out, 0),
+            ids=self.ids.gather(-1, order).masked_fill(is_out, 0),
             log_probs=log_probs - excess.unsqueeze(-1),
-            tail_log_mass=self.tail_log_mass - excess,
+            tail_log_mass=rest - excess,
             vocab=vocab,
+            log_weights=None if weights is None else weights.gather(-1, order).masked_fill(is_out, -math.inf),
         )
 
     def _without(self, is_out: Tensor) -> "TopKTargets":

@@ -15,7 +15,8 @@ from abkd.errors import InputError
 from abkd.head import LMHead
 from abkd.targets import DenseTargets, HiddenTargets, Targets, TopKTargets
 from abkd.teachers.cache.encoding import KeptEncoding
-from abkd.teachers.cache.manifest import Manifest, example_key, first_difference
+from abkd.teachers.cache.manifest import Manifest, digest_of, example_key, first_difference
+from abkd.teachers.cache.shards import checksum
 from abkd.teachers.cache.store import Store
 from abkd.teachers.teacher import Teacher
 
@@ -39,7 +40,7 @@ class CachedTeacher(Teacher):
         store.manifest.check_tail(tail, field.removesuffix("path") + "tail")
         self.tail: Tail = tail or "sampled"
         self.encoding = kept_encoding(store.manifest)
-        self._head = _read_head(store.folder, field) if kind == "hidden" else None
+        self._head = read_head(store.folder, store.manifest, field) if kind == "hidden" else None
         self._where: dict[int, int] = {}  # example id -> in the store
 
     def expect(self, examples: Iterable[Any], data: Mapping[str, Any]) -> None:
@@ -55,6 +56,7 @@ class CachedTeacher(Teacher):
         examples = list(examples)
         found = self.store.find([example_key(each.prompt_ids, each.completion_ids) for each in examples])
         if num_missing := int((found < 0).sum()):
+            self.store.check()  # their keys may have been altered
             made = {name: value for name, value in self.store.manifest.data.items() if name in data}
             folder = str(self.store.folder)
             field, here, there = first_difference(dict(data), made)
@@ -100,18 +102,31 @@ def kept_encoding(manifest: Manifest) -> KeptEncoding | None:
     return KeptEncoding(manifest.vocab, targets["value_bits"], targets["num_draws"], targets["num_exact"])
 
 
-def write_head(head: LMHead, folder: Path) -> None:
-    tensors = {"weight": head.weight.detach().cpu().contiguous()}
-    if head.bias is not None:
-        tensors["bias"] = head.bias.detach().cpu().contiguous()
-    save_file(tensors, folder / HEAD, {"logit_scale": str(head.logit_scale), "softcap": str(head.softcap)})
+def write_head(head: LMHead, file: Path) -> None:
+    save_file(_tensors(head), file, {"logit_scale": str(head.logit_scale), "softcap": str(head.softcap)})
 
 
-def _read_head(folder: Path, field: str) -> LMHead:
+def head_digest(head: LMHead) -> str:
+    """Of all its numbers, for the manifest."""
+    return digest_of([checksum(_tensors(head)), str(head.logit_scale), str(head.softcap)])
+
+
+def read_head(folder: Path, manifest: Manifest, field: str) -> LMHead:
+    """Raises InputError: it is torn, or not the one that the manifest knows."""
+    file = folder / HEAD
+    again = "remove it, and write it again with the command that made the cache"
     try:
-        tensors = load_file(folder / HEAD)
-        with safe_open(folder / HEAD, framework="pt") as opened:
+        tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:
             said = {name: None if text == "None" else float(text) for name, text in opened.metadata().items()}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{field}: {folder / HEAD} cannot be read ({error}); write the cache again") from None
-    return LMHead(tensors["weight"], tensors.get("bias"), said["logit_scale"], said["softcap"])
+        head = LMHead(tensors["weight"], tensors.get("bias"), said["logit_scale"], said["softcap"])
+    except (OSError, SafetensorError, LookupError, ValueError, AttributeError, TypeError, InputError) as error:
+        raise InputError(f"{field}: {file} is torn ({error}); {again}") from None
+    if head_digest(head) != manifest.targets["head"]:
+        raise InputError(f"{field}: {file} was altered, or is of another cache; {again}")
+    return head
+
+
+def _tensors(head: LMHead) -> dict[str, Tensor]:
+    tensors = {"weight": head.weight.detach().cpu().contiguous()}
+    return tensors if head.bias is None else tensors | {"bias": head.bias.detach().cpu().contiguous()}

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,9 @@ def is_claimed(file: Path) -> bool:
         owner = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):  # it is being written, or torn
+    except (OSError, ValueError):
+        owner = None
+    if not isinstance(owner, dict):  # it is being written, or torn
         return age < STALE_S
     if owner.get("host") == platform.node():
         return owner.get("pid") != os.getpid() and _is_alive(owner.get("pid"), owner.get("started"))
@@ -44,7 +47,15 @@ def claim(file: Path) -> bool:
     return True
 
 
-def _is_alive(pid: int | None, started: float | None) -> bool:
+def keep(file: Path) -> None:
+    """Says that the claim's process is at work, if the claim is still there."""
+    with suppress(FileNotFoundError):
+        os.utime(file)
+
+
+def _is_alive(pid: object, started: object) -> bool:
+    if not isinstance(pid, int):
+        return False
     try:
         process = psutil.Process(pid)
         return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE

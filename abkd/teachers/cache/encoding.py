@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 
 from abkd.divergences.top_k import Tail
+from abkd.errors import InputError
 from abkd.targets import TopKTargets
 from abkd.teachers.cache.bits import num_bytes, pack_bits, unpack_bits
 
 RANGE = 32.0
 """Nats: probabilities down to 1.3e-14."""
-_TAIL_STEP = RANGE / 32_766
-_NO_TAIL = -1
+_TAIL_STEP = RANGE / 65_534
+_TAIL_START = -32_767  # the code of mass 1
+_NO_TAIL = -32_768
+MOST_CLASSES = 32_767
+"""Of a token, whose number has 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class KeptEncoding:
         is_kept = log_probs > -math.inf
         codes = (-log_probs[is_kept] / self.step).round().long().clamp(min=0)
         ids = targets.ids.cpu()[is_kept].long()
-        tail = (-rest / _TAIL_STEP).round().clamp(0, 32_766)
+        tail = (-rest / _TAIL_STEP).round().clamp(0, 65_534) + _TAIL_START
         encoded = {
             "num_kept": is_kept.sum(-1).to(torch.int16),
             "tail": tail.masked_fill(rest == -math.inf, _NO_TAIL).to(torch.int16),
@@ -92,7 +96,7 @@ class KeptEncoding:
         log_probs = torch.full(is_kept.shape, -math.inf)
         log_probs[is_kept] = -self.step * (entries >> self.id_bits)
         codes = encoded["tail"].float()
-        rest = torch.where(codes == _NO_TAIL, -math.inf, -_TAIL_STEP * codes)
+        rest = torch.where(codes == _NO_TAIL, -math.inf, -_TAIL_STEP * (codes - _TAIL_START))
         excess = torch.cat([log_probs, rest.unsqueeze(1)], dim=1).logsumexp(1)
         log_probs, rest = log_probs - excess.unsqueeze(1), rest - excess
         log_weights = None
@@ -134,4 +138,9 @@ class DenseEncoding:
         return num_tokens * self.width * self.dtype.itemsize
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        return {"rows": rows.to(self.dtype).cpu()}
+        """Raises InputError where a finite number is too large for `dtype`."""
+        encoded = rows.to(self.dtype)
+        if bool((encoded.isinf() & rows.isfinite()).any()):
+            name, largest = str(self.dtype).removeprefix("torch."), rows.abs().masked_fill(rows.isinf(), 0.0).max()
+            raise InputError(f"--dtype={name}: cannot hold the teacher's {largest.item():.4g}; use float32 or bfloat16")
+        return {"rows": encoded.cpu()}

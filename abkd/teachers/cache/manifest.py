@@ -11,6 +11,9 @@ from abkd.errors import InputError
 
 FORMAT = 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+CHECKSUM = "checksum"
+"""Of the manifest's other entries."""
+_PART = ".manifest"
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,10 @@ class Manifest:
             raise InputError(
                 f"{field}: {file} is of format {found!r}, and this abkd reads format {FORMAT}; write the cache again"
             )
-        if missing := {each.name for each in fields(cls)} - content.keys():
+        if missing := {*(each.name for each in fields(cls)), CHECKSUM} - content.keys():
             raise InputError(f"{field}: {file} lacks {', '.join(sorted(missing))}; write the cache again")
+        if content.pop(CHECKSUM) != digest_of(content):
+            raise InputError(f"{field}: {file} was altered, it is not what its checksum says; write the cache again")
         return cls(**{each.name: content[each.name] for each in fields(cls)})
 
     def write(self, folder: Path) -> None:
@@ -137,20 +142,28 @@ class Manifest:
         Raises:
             InputError: the folder holds another cache, or anything else.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        check_output(folder)
         if not (folder / MANIFEST).exists():
-            if others := [file.name for file in folder.iterdir() if not file.name.startswith(".manifest")]:
-                raise InputError(f"--output: {str(folder)!r} holds {others[0]!r} and no cache; give another folder")
-            part = folder / f".manifest-{os.getpid()}-{os.urandom(4).hex()}"
-            part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
             try:
-                os.link(part, folder / MANIFEST)  # fails where another process was first
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without links
-                os.replace(part, folder / MANIFEST)
-            part.unlink(missing_ok=True)
+                self._make(folder)
+            except OSError as error:
+                raise InputError(
+                    f"--output: {str(folder)!r} cannot be written ({error}); give another folder"
+                ) from None
         self.check_same(Manifest.read(folder, "--output"), folder)
+
+    def _make(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = asdict(self)
+        part = folder / f"{_PART}-{os.getpid()}-{os.urandom(4).hex()}"
+        part.write_text(json.dumps(content | {CHECKSUM: digest_of(content)}, indent=2) + "\n", encoding="utf-8")
+        try:
+            os.link(part, folder / MANIFEST)  # fails where another process was first
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(part, folder / MANIFEST)
+        part.unlink(missing_ok=True)
 
     def check_same(self, other: "Manifest", folder: Path) -> None:
         """Refuses to go on with a cache of anything else."""
@@ -159,10 +172,25 @@ class Manifest:
         field, here, there = first_difference(self.identity, other.identity)
         if field == "data.digest":  # say what made them other examples
             field, here, there = first_difference(self.data, other.data)
+        if field == "shards":
+            field, here, there = "--shard-tokens", f"{len(here)} shards", f"{len(there)} shards"
         raise InputError(
             f"--output: the cache in {str(folder)!r} was started with {field}={there!r}, not {here!r}; go on with the "
             "same command, or give another folder"
         )
+
+
+def check_output(folder: Path) -> None:
+    """Refuses what is no folder, and a folder that holds anything else than a cache; it is not touched."""
+    try:
+        if (folder / MANIFEST).exists():
+            Manifest.read(folder, "--output")
+        elif others := [each.name for each in folder.iterdir() if not each.name.startswith(_PART)]:
+            raise InputError(f"--output: {str(folder)!r} holds {others[0]!r} and no cache; give another folder")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"--output: {str(folder)!r} is no folder for a cache ({error}); give another") from None
 
 
 def shard_file(folder: Path, number: int) -> Path:

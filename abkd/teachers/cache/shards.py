@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,7 +38,7 @@ def write_shard(
         tensors[name], tensors[name + STARTS] = torch.cat(parts).contiguous(), lengths.cumsum(0)
     metadata = {"cache": cache_digest, "shard": str(number), "sha256": checksum(tensors)}
     file = shard_file(folder, number)
-    part = folder / f".{file.name}.{platform.node()}-{os.getpid()}"
+    part = folder / f".{file.name}.{platform.node()}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         save_file(tensors, part, metadata)
         os.replace(part, file)
@@ -64,6 +65,28 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_place(metadata: Mapping[str, str], file: Path, number: int, cache_digest: str, field: str) -> None:
+    """Raises InputError where a file is not the shard of that number of that cache."""
+    if metadata.get("cache") != cache_digest or metadata.get("shard") != str(number):
+        raise InputError(f"{field}: {file} is a shard of another cache, or another shard of this one; {_again(file)}")
+
+
+def read_keys(folder: Path, number: int, cache_digest: str, field: str) -> np.ndarray:
+    """int64: of a shard's examples; its header alone is checked."""
+    file = shard_file(folder, number)
+    try:
+        with safe_open(file, framework="np") as opened:
+            metadata, keys = opened.metadata() or {}, opened.get_tensor(KEYS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{field}: {file} is torn ({error}); {_again(file)}") from None
+    check_place(metadata, file, number, cache_digest, field)
+    return keys
+
+
+def _again(file: Path) -> str:
+    return f"remove it, and write it again with the command that made the cache ({file.parent})"
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """A shard that is read where it is needed: its tensors are the mapped file."""
@@ -75,7 +98,7 @@ class Shard:
     def read(cls, folder: Path, number: int, cache_digest: str, field: str) -> "Shard":
         """Raises InputError: the file is torn, altered, or of another cache; it is named."""
         file = shard_file(folder, number)
-        again = f"remove it, and write it again with the command that made the cache ({folder})"
+        again = _again(file)
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
@@ -84,8 +107,7 @@ class Shard:
             raise InputError(f"{field}: {file} is missing; write it with the command that made the cache") from None
         except (OSError, SafetensorError) as error:
             raise InputError(f"{field}: {file} is torn ({error}); {again}") from None
-        if metadata.get("cache") != cache_digest or metadata.get("shard") != str(number):
-            raise InputError(f"{field}: {file} is a shard of another cache, or another shard of this one; {again}")
+        check_place(metadata, file, number, cache_digest, field)
         if checksum(tensors) != metadata.get("sha256"):
             raise InputError(f"{field}: {file} was altered, its content is not what its checksum says; {again}")
         return cls(tensors.pop(KEYS), tensors)

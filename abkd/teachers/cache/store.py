@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+<<<<<<< HEAD
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -11,6 +12,12 @@ from torch import Tensor
 from abkd.errors import InputError
 from abkd.teachers.cache.manifest import Manifest, shard_file
 from abkd.teachers.cache.shards import KEYS, STARTS, Shard
+=======
+from torch import Tensor
+
+from abkd.teachers.cache.manifest import Manifest
+from abkd.teachers.cache.shards import Shard, read_keys
+>>>>>>> 12c0b2e (Caches: the head is written and checked, the manifest has a checksum, limits of 16 bits, refusals before torch is loaded)
 
 
 class Store:
@@ -28,7 +35,7 @@ class Store:
         self.folder, self.manifest, self.field = folder, manifest, field
         self._shards: dict[int, Shard] = {}
         manifest.check_complete(folder, field)
-        parts = [self._keys(number) for number in range(len(manifest.shards))]
+        parts = [read_keys(folder, number, manifest.digest, field) for number in range(len(manifest.shards))]
         keys = np.concatenate(parts)
         shards = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         places = np.concatenate([np.arange(len(part)) for part in parts])
@@ -62,13 +69,7 @@ class Store:
             self._shards[number] = Shard.read(self.folder, number, self.manifest.digest, self.field)
         return self._shards[number]
 
-    def _keys(self, number: int) -> np.ndarray:
-        file = shard_file(self.folder, number)
-        try:
-            with safe_open(file, framework="np") as opened:
-                return opened.get_tensor(KEYS)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{self.field}: {file} is torn ({error}); remove it, and write it again with the command that made the "
-                f"cache ({self.folder})"
-            ) from None
+    def check(self) -> None:
+        """Reads everything. Raises InputError: a shard was altered; it is named."""
+        for number in range(len(self.manifest.shards)):
+            self.shard(number)
