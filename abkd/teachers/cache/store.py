@@ -4,20 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-<<<<<<< HEAD
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from abkd.errors import InputError
-from abkd.teachers.cache.manifest import Manifest, shard_file
-from abkd.teachers.cache.shards import KEYS, STARTS, Shard
-=======
 from torch import Tensor
 
 from abkd.teachers.cache.manifest import Manifest
-from abkd.teachers.cache.shards import Shard, read_keys
->>>>>>> 12c0b2e (Caches: the head is written and checked, the manifest has a checksum, limits of 16 bits, refusals before torch is loaded)
+from abkd.teachers.cache.shards import STARTS, Shard, read_keys
 
 
 class Store:
