@@ -14,7 +14,7 @@ from typing import Any
 
 from abkd import ranks
 from abkd.caching import options as cache_options
-from abkd.config import InProcess, LanguageRecipe, Recipe
+from abkd.config import ImageRecipe, InProcess, LanguageRecipe, Recipe
 from abkd.errors import InputError
 from abkd.recipe import RECIPES, parse_recipe, read_recipe, recipe_names
 from abkd.rundir import RECIPE, RunDir
@@ -365,7 +365,7 @@ def _cache(options: argparse.Namespace) -> int:
         from abkd.caching.texts import cache_texts
 
         cache_texts(recipe, inputs, wanted, folder, _say)
-    else:
+    elif isinstance(recipe, ImageRecipe):
         from abkd.caching.pictures import cache_pictures
 
         cache_pictures(recipe, inputs, wanted, folder, _say)

@@ -31,7 +31,7 @@ def describe_cache(folder: Path) -> list[str]:
         f"teacher: {_said(section)}",
         f"data: {_said({name: value for name, value in manifest.data.items() if name != 'digest'})}",
         f"shards: {len(there):,} of {len(manifest.shards):,}, {size / 2**20:,.1f} MiB, "
-        f"{size / max(tokens, 1):,.1f} bytes a {manifest.unit}",
+        f"{size / max(tokens, 1):,.1f} bytes per {manifest.unit}",
         f"written by abkd {manifest.version}, format {manifest.format}",
     ]
     if manifest.is_reduced:

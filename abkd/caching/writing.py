@@ -67,7 +67,7 @@ def write_cache(
         return
     size = sum(shard_file(folder, number).stat().st_size for number in range(len(manifest.shards)))
     each = size / max(manifest.num_tokens, 1)
-    say(f"{folder} is finished: {size / 2**20:,.1f} MiB, {each:,.1f} bytes a {manifest.unit}")
+    say(f"{folder} is finished: {size / 2**20:,.1f} MiB, {each:,.1f} bytes per {manifest.unit}")
 
 
 def _free(folder: Path, manifest: Manifest) -> list[int]:
