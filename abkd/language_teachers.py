@@ -14,7 +14,6 @@ from abkd.models.adapters import merge_adapter
 from abkd.models.pretrained import load_model, load_tokenizer, load_tokenizer_folder
 from abkd.paths import find_path
 from abkd.teachers.cache.manifest import MANIFEST, TOKENIZER, Manifest, digest_of
-from abkd.teachers.cache.store import Store
 from abkd.teachers.cached import CachedTeacher
 from abkd.teachers.in_process import InProcessTeacher
 from abkd.teachers.mixture import MixtureTeacher
@@ -113,8 +112,8 @@ def _call_server(section: config.Served, tokenizer, examples: Sequence[Example],
 
 def _open_cache(section: config.Cached, recipe, examples, say, field: str) -> CachedTeacher:
     folder = find_path(section.path, field)
-    manifest = Manifest.read(folder, field)
-    teacher = CachedTeacher(Store(folder, manifest, field), section.tail, field=field)
+    teacher = CachedTeacher.open(folder, section.tail, field=field)
+    manifest = teacher.store.manifest
     teacher.expect(examples, texts_of(recipe))
     say(f"teacher: {manifest.described}, of {manifest.num_tokens:,} tokens, in {folder}")
     return teacher

@@ -15,7 +15,9 @@ END = "<|end|>"
 
 
 def byte_tokenizer():
-    raw = Tokenizer(models.BPE({token: id for id, token in enumerate([END, *pre_tokenizers.ByteLevel.alphabet()])}, []))
+    raw = Tokenizer(
+        models.BPE({token: id for id, token in enumerate([END, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, [])
+    )
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END)
 

@@ -43,6 +43,13 @@ class CachedTeacher(Teacher):
         self._head = read_head(store.folder, store.manifest, field) if kind == "hidden" else None
         self._where: dict[int, int] = {}  # example id -> in the store
 
+    @classmethod
+    def open(cls, folder: str | Path, tail: Tail | None = None, *, field: str = "teacher.path") -> "CachedTeacher":
+        """The teacher of the cache in `folder`. Raises InputError: there is none, it is not whole, of another task."""
+        manifest = Manifest.read(Path(folder), field)
+        manifest.check_task("language_model", field)
+        return cls(Store(Path(folder), manifest, field), tail, field=field)
+
     def expect(self, examples: Iterable[Any], data: Mapping[str, Any]) -> None:
         """Finds every example that will be asked for.
 

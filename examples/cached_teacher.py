@@ -1,0 +1,62 @@
+"""A teacher's hidden states are written down once; a student then learns from them, without the teacher in memory."""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from language import byte_tokenizer, gpt2
+from transformers import TrainingArguments
+
+from abkd import AlphaBeta, CachedTeacher, DistillationTrainer, Objective
+from abkd.data.instructions import encode, read_instructions
+from abkd.paths import find_path
+
+DATA = "package:abkd/recipes/demo/train.jsonl"
+TEXTS = {"prompt_format": "plain", "max_prompt_tokens": 96, "max_tokens": 192, "long_prompts": "drop"}
+
+
+def write_cache(folder):
+    """With the command line, as on the machine that has the teacher."""
+    torch.manual_seed(0)
+    teacher, tokenizer = gpt2(len(byte_tokenizer()), 4, seed=0), byte_tokenizer()
+    teacher.lm_head.weight.data *= 3  # a teacher that is sure of something
+    for each in (teacher, tokenizer):
+        each.save_pretrained(folder / "teacher")
+    recipe = {
+        "task": "language_model", "run_dir": "unused", "objective": {"divergence": {"kind": "alpha_beta"}},
+        "teacher": {"path": str(folder / "teacher")}, "student": {"kind": "shrink", "keep_layers": 2},
+        "data": {"train": DATA, "num_held_out": 16, **TEXTS}, "training": {"num_steps": 1, "learning_rate": 0.002},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["cache", folder / "recipe.yaml", "--targets", "hidden", "--output", folder / "cache"]
+    subprocess.run([sys.executable, "-m", "abkd", *command], check=True, capture_output=True)
+
+
+def main(steps):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_cache(folder)
+        tokenizer = byte_tokenizer()
+        examples, _ = encode(read_instructions(find_path(DATA, "data"), "data"), tokenizer, **TEXTS)
+        teacher = CachedTeacher.open(folder / "cache")
+        teacher.expect(examples, {"data.train": DATA})
+        training = DistillationTrainer(
+            model=gpt2(len(tokenizer), 2, seed=1), teacher=teacher, objective=Objective(AlphaBeta(alpha=0.2, beta=0.7)),
+            train_examples=examples[16:], validation_examples=examples[:16], tokenizer=tokenizer,
+            args=TrainingArguments(str(folder / "run"), max_steps=steps, per_device_train_batch_size=8,
+                                   learning_rate=2e-3, save_strategy="no", report_to="none", disable_tqdm=True,
+                                   dataloader_pin_memory=False),
+        )  # fmt: skip
+        before, _, after = training.evaluate(), training.train(), training.evaluate()
+    for name in ("alpha_beta", "token_agreement"):
+        print(f"{name}: {before[f'validation_{name}']:.4f} before, {after[f'validation_{name}']:.4f} after")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60)
+    main(parser.parse_args().steps)
