@@ -82,7 +82,7 @@ class ServedTeacher(Teacher):
         return self._vocab
 
     def narrow(self, vocab: int) -> None:
-        """Rows leave out what they keep from `vocab` on, and are scaled up; of the rest, nothing lies there."""
+        """Rows leave out what they keep from `vocab` on, and are scaled up; their rest is taken to lie below."""
         self._vocab = vocab
 
     def targets(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, example_ids: Tensor) -> TopKTargets:
@@ -94,10 +94,9 @@ class ServedTeacher(Teacher):
         """
         if bool((attention_mask.diff(dim=1) > 0).any()):
             raise InputError("a served teacher reads examples that are padded on the right, and this batch is not")
-        columns = zip(input_ids.tolist(), attention_mask.sum(1).tolist(), mask.tolist(), strict=True)
         asked = [
-            (f"example {name}", ids[:length], [place for place, counts in enumerate(counted, start=1) if counts])
-            for name, (ids, length, counted) in zip(example_ids.tolist(), columns, strict=True)
+            (f"example {name}", ids, [place for place, counts in enumerate(counted, start=1) if counts])
+            for name, ids, counted in zip(example_ids.tolist(), input_ids.tolist(), mask.tolist(), strict=True)
         ]
         answers = self._connection.map(lambda one: self._ask(*one), [one for one in asked if one[2]])
         return self._targets([row for rows in answers for row in rows], input_ids.device)
@@ -106,7 +105,7 @@ class ServedTeacher(Teacher):
         """Asks what a training would only meet later: that the server is there, serves the model, reads the same ids.
 
         Args:
-            samples: ids of a few examples, as they will be asked for; the longest is.
+            samples: ids of a few examples, two tokens or more each; a row of the longest is asked for.
 
         Returns:
             What was found, in lines.
@@ -181,9 +180,9 @@ class ServedTeacher(Teacher):
         ]
 
     def _ask(self, name: str, ids: Sequence[int], places: Sequence[int]) -> list[Row]:
-        """The rows of the tokens at `places`."""
-        if self.context is not None and len(ids) > self.context:
-            what = f"takes {self.context} tokens at most, and {name} has {len(ids)}"
+        """The rows of the tokens at `places`; ids after the last are not sent."""
+        if self.context is not None and places[-1] >= self.context:
+            what = f"takes {self.context} tokens at most, and {name} has {places[-1] + 1} to the last that counts"
             raise self._error(what, "start it with a larger context, or lower data.max_tokens")
         rows: list[Row] = []
         try:
