@@ -5,8 +5,9 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -174,6 +175,15 @@ def read(answer: Any, *keys: str | int) -> Any:
             raise Malformed(f"its answer has no {'.'.join(map(str, keys[: place + 1]))}")
         found = found[key]
     return found
+
+
+@contextmanager
+def expecting(what: str) -> Iterator[None]:
+    """Raises Malformed where an answer, which is taken apart inside, is not made like `what`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise Malformed(f"its answer has no {what}") from None
 
 
 def read_list(answer: Any, *keys: str | int) -> Sequence[Any]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from abkd.errors import InputError
-from abkd.teachers.connection import Connection, Malformed, Refused, read, read_list
+from abkd.teachers.connection import Connection, Malformed, Refused, expecting, read, read_list
 
 Api = Literal["vllm", "sglang", "llama_cpp"]
 _CERTAIN = 1e6  # added to a logit, so that the sampler takes no other token
@@ -123,7 +123,8 @@ class VLLM(Dialect):
     @staticmethod
     def _row(row: Any, there: int) -> list[Entry]:
         read(row, str(there))  # it has one of its own: rows that are shifted show
-        return [Entry(_id(key), read(value, "logprob"), value.get("decoded_token")) for key, value in row.items()]
+        with expecting("row {id: {logprob, ...}}"):
+            return [Entry(_id(key), value["logprob"], value.get("decoded_token")) for key, value in row.items()]
 
 
 class SGLang(Dialect):
@@ -159,8 +160,9 @@ class SGLang(Dialect):
     def _row(top: Sequence[Any], there: Any, token: int) -> list[Entry]:
         if read(there, 1) not in (token, 0):  # 0 stands for the last ids of the vocabulary too
             raise Malformed(f"it writes of token {there[1]!r} where {token} was sent")
-        row = [Entry(read(entry, 1), read(entry, 0), read(entry, 2)) for entry in top]
-        return row if any(entry.id == token for entry in row) else [*row, Entry(token, read(there, 0), read(there, 2))]
+        with expecting("row [[logprob, id, text], ...]"):
+            row = [Entry(index, log_prob, text) for log_prob, index, text in top]
+            return row if any(entry.id == token for entry in row) else [*row, Entry(token, there[0], there[2])]
 
 
 class LlamaCpp(Dialect):
@@ -192,7 +194,8 @@ class LlamaCpp(Dialect):
         answer = self.connection.ask("/completion", body)
         _check_count(read(answer, "tokens_evaluated"), len(prompt), "tokens")
         row = read_list(answer, "completion_probabilities", 0, "top_logprobs")
-        return [Entry(read(entry, "id"), read(entry, "logprob"), entry.get("token")) for entry in row]
+        with expecting("row [{id, logprob, ...}, ...]"):
+            return [Entry(entry["id"], entry["logprob"], entry.get("token")) for entry in row]
 
     def longest(self) -> int | None:
         """The last token of an example is not sent."""
