@@ -96,7 +96,7 @@ class Dialect(abc.ABC):
     def way_out(self, refusal: Refused, k: int) -> str:
         """What to do about a refusal."""
         ways = {word: way for word, way in self.ways_out.items() if word in refusal.said}
-        ways |= {"": "give teacher.api_key"} if refusal.status in (401, 403) else {}
+        ways |= {"": "give another teacher.api_key"} if refusal.status in (401, 403) else {}
         return next(iter(ways.values()), "change what it names").format(k=k)
 
 
@@ -217,8 +217,14 @@ def find_dialect(connection: Connection, model: str, api: str) -> Dialect:
         return DIALECTS[api](connection, model, f"teacher.api={api}")
     try:
         owner = read(connection.ask("/v1/models"), "data", 0, "owned_by")
-    except (Refused, Malformed):
+    except Malformed:
         owner = None
+    except Refused as error:
+        owner = None
+        if error.status in (401, 403):
+            raise InputError(
+                f"teacher.api_key: {connection.url} answers {error.status}: {error.said}; give another"
+            ) from None
     for dialect in DIALECTS.values():
         if owner == dialect.owner:
             return dialect(connection, model, f"its /v1/models is owned by {owner}")

@@ -90,6 +90,15 @@ def test_a_server_of_no_known_kind(model, tokenizer):
             find_dialect(connect(stand_in), "tiny", "auto")
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_is_wrong_is_said_before_the_kind_is_guessed(server, status):
+    server.answer = lambda path, body: (status, {"error": "Unauthorized"})
+    with pytest.raises(
+        InputError, match=rf"teacher\.api_key: {server.url} answers {status}: Unauthorized; give another"
+    ):
+        find_dialect(connect(server), "tiny", "auto")
+
+
 def test_tokenizing(server, tokenizer):
     dialect = find_dialect(connect(server), "tiny", server.kind)
     assert dialect.tokenize("The cat<|end|> likes") == tokenizer("The cat<|end|> likes")["input_ids"]
