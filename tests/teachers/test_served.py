@@ -321,7 +321,7 @@ sys.stdin.read()
 
 @pytest.mark.wheel
 def test_llama_cpp_itself():
-    """Its weights are those of Q4_1 on both sides; it rounds what they meet to 8 bits, transformers does not."""
+    """Weights of Q4_1 on both sides, each with its own arithmetic: rows are near, not equal."""
     pytest.importorskip("xllamacpp")
     from abkd.models.pretrained import find_model, load_model, load_tokenizer
 
