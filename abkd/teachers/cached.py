@@ -1,5 +1,6 @@
 """A teacher that wrote its targets down: `abkd.teachers.cache`."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -110,12 +111,12 @@ def kept_encoding(manifest: Manifest) -> KeptEncoding | None:
 
 
 def write_head(head: LMHead, file: Path) -> None:
-    save_file(_tensors(head), file, {"logit_scale": str(head.logit_scale), "softcap": str(head.softcap)})
+    save_file(_tensors(head), file, {"head": json.dumps({"logit_scale": head.logit_scale, "softcap": head.softcap})})
 
 
 def head_digest(head: LMHead) -> str:
     """Of all its numbers, for the manifest."""
-    return digest_of([checksum(_tensors(head)), str(head.logit_scale), str(head.softcap)])
+    return digest_of([checksum(_tensors(head)), head.logit_scale, head.softcap])
 
 
 def read_head(folder: Path, manifest: Manifest, field: str) -> LMHead:
@@ -125,7 +126,7 @@ def read_head(folder: Path, manifest: Manifest, field: str) -> LMHead:
     try:
         tensors = load_file(file)
         with safe_open(file, framework="pt") as opened:
-            said = {name: None if text == "None" else float(text) for name, text in opened.metadata().items()}
+            said = json.loads(opened.metadata()["head"])
         head = LMHead(tensors["weight"], tensors.get("bias"), said["logit_scale"], said["softcap"])
     except (OSError, SafetensorError, LookupError, ValueError, AttributeError, TypeError, InputError) as error:
         raise InputError(f"{field}: {file} is torn ({error}); {again}") from None

@@ -54,7 +54,7 @@ def keep(file: Path) -> None:
 
 
 def _is_alive(pid: object, started: object) -> bool:
-    if not isinstance(pid, int):
+    if not isinstance(pid, int) or pid < 1:
         return False
     try:
         process = psutil.Process(pid)

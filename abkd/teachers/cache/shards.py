@@ -1,11 +1,13 @@
 """A shard: rows of some examples in one safetensors file that is whole or absent, with a checksum of its content."""
 
 import hashlib
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from abkd.errors import InputError
 from abkd.teachers.cache.manifest import shard_file
 
 KEYS, STARTS = "keys", ".starts"
+_SAID = "shard"
 
 
 def claim_file(folder: Path, number: int) -> Path:
@@ -36,7 +39,8 @@ def write_shard(
         parts = [example[name] for example in examples]
         lengths = torch.tensor([0, *map(len, parts)])
         tensors[name], tensors[name + STARTS] = torch.cat(parts).contiguous(), lengths.cumsum(0)
-    metadata = {"cache": cache_digest, "shard": str(number), "sha256": checksum(tensors)}
+    said = {"cache": cache_digest, "number": number, "sha256": checksum(tensors)}
+    metadata = {_SAID: json.dumps(said)}  # one entry: the order of several differs from file to file
     file = shard_file(folder, number)
     part = folder / f".{file.name}.{platform.node()}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
@@ -65,9 +69,17 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_place(metadata: Mapping[str, str], file: Path, number: int, cache_digest: str, field: str) -> None:
-    """Raises InputError where a file is not the shard of that number of that cache."""
-    if metadata.get("cache") != cache_digest or metadata.get("shard") != str(number):
+def _said(opened: Any) -> dict[str, Any]:
+    """What the header says of the shard; nothing where it was altered."""
+    try:
+        said = json.loads((opened.metadata() or {}).get(_SAID, ""))
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _check_place(said: dict[str, Any], file: Path, number: int, cache_digest: str, field: str) -> None:
+    if said.get("cache") != cache_digest or said.get("number") != number:
         raise InputError(f"{field}: {file} is a shard of another cache, or another shard of this one; {_again(file)}")
 
 
@@ -76,10 +88,10 @@ def read_keys(folder: Path, number: int, cache_digest: str, field: str) -> np.nd
     file = shard_file(folder, number)
     try:
         with safe_open(file, framework="np") as opened:
-            metadata, keys = opened.metadata() or {}, opened.get_tensor(KEYS)
+            said, keys = _said(opened), opened.get_tensor(KEYS)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{field}: {file} is torn ({error}); {_again(file)}") from None
-    check_place(metadata, file, number, cache_digest, field)
+    _check_place(said, file, number, cache_digest, field)
     return keys
 
 
@@ -101,14 +113,14 @@ class Shard:
         again = _again(file)
         try:
             with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
+                said = _said(opened)
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise InputError(f"{field}: {file} is missing; write it with the command that made the cache") from None
         except (OSError, SafetensorError) as error:
             raise InputError(f"{field}: {file} is torn ({error}); {again}") from None
-        check_place(metadata, file, number, cache_digest, field)
-        if checksum(tensors) != metadata.get("sha256"):
+        _check_place(said, file, number, cache_digest, field)
+        if checksum(tensors) != said.get("sha256"):
             raise InputError(f"{field}: {file} was altered, its content is not what its checksum says; {again}")
         return cls(tensors.pop(KEYS), tensors)
 
