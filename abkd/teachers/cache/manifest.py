@@ -183,9 +183,10 @@ class Manifest:
 def check_output(folder: Path) -> None:
     """Refuses what is no folder, and a folder that holds anything else than a cache; it is not touched."""
     try:
-        if (folder / MANIFEST).exists():
+        others = [each.name for each in folder.iterdir() if not each.name.startswith(_PART)]
+        if (folder / MANIFEST).exists():  # looked for after the others, before which a process writes it
             Manifest.read(folder, "--output")
-        elif others := [each.name for each in folder.iterdir() if not each.name.startswith(_PART)]:
+        elif others:
             raise InputError(f"--output: {str(folder)!r} holds {others[0]!r} and no cache; give another folder")
     except FileNotFoundError:
         return
