@@ -84,7 +84,7 @@ def _claimed(folder: Path, number: int):
     try:
         if mine:
             drop_parts(folder, number)
-        yield mine
+        yield mine and not shard_file(folder, number).exists()  # another may have finished it before the claim
     finally:
         if mine:
             file.unlink(missing_ok=True)

@@ -152,8 +152,8 @@ def test_top_k_targets_of_a_narrower_vocabulary(tmp_path, k, tail):
         read = dict(zip(found.ids[row][here].tolist(), found.log_probs[row][here].exp().tolist(), strict=True))
         assert read.keys() == expected.keys()
         assert all(read[key] == pytest.approx(value, rel=2e-3) for key, value in expected.items())
-    logits = found.logits(0, 14)
-    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(14))
+    if tail == "uniform":
+        torch.testing.assert_close(found.logits(0, 14).exp().sum(-1), torch.ones(14))
 
 
 def test_a_subset_in_another_order_under_other_ids_is_found(tmp_path):
