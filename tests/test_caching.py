@@ -170,7 +170,7 @@ def test_the_size_is_said_before_and_not_exceeded(world, kind, capsys):
     capsys.readouterr()
     assert world.cache(folder.name, "--value-bits=9" if kind in ("top_k", "sampled") else "--seed=1", kind=kind) == 0
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache: ")]
-    each = int(said.partition("at most ")[2].partition(" bytes a token")[0].replace(",", ""))
+    each = int(said.partition("at most ")[2].partition(" bytes each")[0].replace(",", ""))
     found = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     manifest = Manifest.read(folder, "cache")
     assert manifest.num_tokens == 180 and found <= (each + 1) * 180
@@ -385,7 +385,7 @@ MISTAKES = [
             (["teacher.path=./nowhere"], "teacher.path: "),
         ]
     ),
-    (["resnet56_resnet20", "--output={folder}/x"], "cache: is for language models, and the recipe's task is image_"),
+    (["resnet56_resnet20", "--output={folder}/x"], "--targets=top_k: is of language models; images have --targets logits"),
     (["no_recipe", "--output={folder}/x"], "no_recipe"),
     (["{recipe}", "--output={folder}"], "and no cache; give another folder"),
 ]  # fmt: skip
