@@ -385,7 +385,7 @@ MISTAKES = [
             (["teacher.path=./nowhere"], "teacher.path: "),
         ]
     ),
-    (["resnet56_resnet20", "--output={folder}/x"], "--targets=top_k: is of language models; images have --targets logits"),
+    (["resnet56_resnet20", "--output={folder}/x"], "--targets=top_k: is of language models"),
     (["no_recipe", "--output={folder}/x"], "no_recipe"),
     (["{recipe}", "--output={folder}"], "and no cache; give another folder"),
 ]  # fmt: skip
