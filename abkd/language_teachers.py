@@ -9,9 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from abkd import config
 from abkd.data.instructions import Example
+from abkd.divergences import Divergence
+from abkd.divergences.top_k import is_reduced
 from abkd.errors import InputError
 from abkd.models.adapters import merge_adapter
 from abkd.models.pretrained import load_model, load_tokenizer, load_tokenizer_folder
+from abkd.parts import make_objective
 from abkd.paths import find_path
 from abkd.teachers.cache.manifest import MANIFEST, TOKENIZER, Manifest, digest_of
 from abkd.teachers.cached import CachedTeacher
@@ -114,6 +117,10 @@ def _open_cache(section: config.Cached, recipe, examples, say, field: str) -> Ca
     folder = find_path(section.path, field)
     teacher = CachedTeacher.open(folder, section.tail, field=field)
     manifest = teacher.store.manifest
+    if manifest.targets["kind"] == "sampled" and recipe.objective.kd_weight > 0:
+        divergence = make_objective(recipe.objective).at(1.0).divergence
+        assert isinstance(divergence, Divergence)
+        is_reduced(divergence, "sampled")  # refuses what is no sum
     teacher.expect(examples, texts_of(recipe))
     say(f"teacher: {manifest.described}, of {manifest.num_tokens:,} tokens, in {folder}")
     return teacher

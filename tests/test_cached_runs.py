@@ -310,6 +310,16 @@ def _edit(file, old, new):
     file.write_text(text.replace(old, new), encoding="utf-8")
 
 
+def test_a_divergence_that_is_no_sum_is_refused_for_a_sample_before_it_starts(world, tmp_path, capsys):
+    teacher = cached(world.cache("sampled", "--k=20", "--targets=sampled"))
+    capsys.readouterr()
+    assert world.train(tmp_path / "run", teacher, "objective.divergence={kind: akl}") == cli.USERS_MISTAKE
+    one_line(capsys, "tail=sampled weighs classes, and akl is no sum over classes")
+    assert not (tmp_path / "run").exists()
+    ramp = "objective.divergence={kind: alpha_beta, alpha: {from: 0.8, to: 0.2}}"
+    assert world.train(tmp_path / "run", teacher, ramp) == cli.DONE
+
+
 def test_data_of_a_shard_that_was_altered_stops_the_run_by_name(world, tmp_path, capsys):
     folder = tmp_path / "altered"
     shutil.copytree(world.cache("logits", "--targets=logits"), folder)

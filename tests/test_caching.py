@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import make_llama, write_recipe
+from safetensors.torch import load_file
 
 from abkd import cli
 from abkd.caching import writing
@@ -336,6 +337,39 @@ def test_a_claim_that_cannot_be_made_is_one_line(world, monkeypatch, capsys):
     monkeypatch.setattr(writing, "claim", refuse)
     assert world.cache("read-only") == cli.USERS_MISTAKE
     one_line(capsys, "--output: ", "Read-only file system")
+
+
+def test_a_cache_is_written_out_of_another(world, capsys):
+    """From hidden states the same bytes as from the model; of top-k targets the first of each row."""
+    whole = ["--k=290", "--value-bits=16"]
+    student = f"student={{kind: pretrained, path: {world.teacher}}}"
+
+    def teacher(folder, tail=""):
+        return [f"teacher={{kind: cached, path: {folder}{tail}}}", student]
+
+    hidden, direct = world.whole("whole-hidden", kind="hidden"), world.whole("direct", *whole)
+    assert world.cache("again", *whole, *teacher(hidden)) == cli.DONE
+    expected, found = (safetensors_of(world.folder / name, 5) for name in ("direct", "again"))
+    assert all(expected[name].equal(found[name]) for name in ("keys", "num_kept", "entries.starts"))
+    assert world.cache("first", "--k=20", *teacher(direct, ", tail: uniform")) == cli.DONE
+    expected, found = (safetensors_of(folder, 5) for folder in (world.whole("20", "--k=20"), world.folder / "first"))
+    assert (found["num_kept"] == 20).all() and found["entries"].shape == expected["entries"].shape
+    capsys.readouterr()
+    for name, options, said in (
+        ("whole-sampled", [], "this teacher gives a sample, which is no teacher for another cache"),
+        ("20", ["--k=21"], "this teacher gives 20 classes of a token"),
+        ("20", ["--targets=logits"], "--targets logits: this teacher does not give them"),
+        ("20", ["--temperature=2"], "teacher_temperature is 2.0, and these top-k targets were made at 1.0"),
+    ):
+        folder = world.whole(name, kind="sampled" if "sampled" in name else "top_k")
+        tail = "" if "sampled" in name else ", tail: uniform"
+        capsys.readouterr()
+        assert world.cache("never", *options, *teacher(folder, tail)) == cli.USERS_MISTAKE
+        one_line(capsys, said)
+
+
+def safetensors_of(folder, number):
+    return load_file(shard_file(folder, number))
 
 
 NO_TORCH = """

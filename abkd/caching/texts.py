@@ -124,7 +124,7 @@ class _Writer:
             return self.encoding.encode(_dense_rows(targets, self.targets["kind"], start, stop))
         temperature, k = self.targets["temperature"], self.targets["k"]
         if isinstance(targets, TopKTargets):
-            return self.encoding.encode(targets.between(start, stop).within(self.options.top_p))
+            return self.encoding.encode(targets.between(start, stop).first(k).within(self.options.top_p))
         logits = targets.logits(start, stop)
         if self.targets["kind"] == "top_k":
             kept = TopKTargets.of_logits(logits, k, tail="lump", temperature=temperature)
@@ -163,6 +163,8 @@ def _described(
     if given_k is not None:
         assert isinstance(first, TopKTargets)
         first.check_temperature(temperature)
+        if first.tail == "sampled":
+            raise InputError(f"--targets {kind}: this teacher gives a sample, which is no teacher for another cache")
         if kind == "sampled" or (options.k or 0) > given_k:
             raise InputError(
                 f"--targets {kind}: this teacher gives {given_k} classes of a token; use --targets top_k, --k up to "

@@ -138,6 +138,10 @@ class TopKTargets:
         before = self.log_probs.exp().cumsum(-1) - self.log_probs.exp()
         return self._without(before >= top_p)
 
+    def first(self, k: int) -> "TopKTargets":
+        """Of each row its k first classes, the likeliest ones as `of_logits` gives them; the others join the rest."""
+        return self._without(torch.arange(self.ids.shape[1], device=self.ids.device) >= k)
+
     def narrowed(self, vocab: int) -> "TopKTargets":
         """Without the classes from `vocab` on, as if their logits were -inf; those not kept are not known, and stay."""
         if vocab == self.vocab:
