@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 from conftest import make_llama, write_recipe
@@ -61,26 +62,29 @@ def one_line(capsys, *said):
     return err
 
 
-def in_a_process(target, *arguments):
-    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+def in_a_process(target, *arguments, **options):
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments, kwargs=options)
     process.start()
     return process
 
 
-def _slowly(world, name, log, kind, killed_at=0, start=None):
-    """Writes down which shards it wrote; in the middle of the shard `killed_at` it is killed."""
+def _slowly(world, name, log, kind, stop_at=0, *, start=None, stop=signal.SIGKILL, victim=0):
+    """Writes down which shards it wrote; in the middle of its shard `stop_at` it sends itself the signal `stop`, and
+    after its third it kills the process `victim`."""
     write, save, numbers = writing.write_shard, shards_module.save_file, []
 
     def saved(tensors, file, metadata):
         save(tensors, file, metadata)
-        if len(numbers) + 1 == killed_at:
+        if len(numbers) + 1 == stop_at:
             os.truncate(file, file.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), stop)
 
     def noted(folder, number, *arguments):
         time.sleep(0.01)
         write(folder, number, *arguments)
         numbers.append(number)
+        if victim and len(numbers) == 3:
+            os.kill(victim, signal.SIGKILL)
         with log.open("a") as stream:
             stream.write(f"{number}\n")
 
@@ -124,16 +128,16 @@ def test_a_cache_killed_at_any_moment_goes_on_to_the_same_files(world, tmp_path)
         process.kill()
         process.join()
     assert world.cache("moments") == cli.DONE
-    left = {name for name in contents(world.folder / "moments") if name.startswith((".tokenizer.", ".manifest"))}
-    found = {name: content for name, content in contents(world.folder / "moments").items() if name not in left}
-    assert found == contents(whole)
+    found = contents(world.folder / "moments")
+    left = {name for name in found if name.startswith((".tokenizer.", ".manifest")) or name.endswith(".claim")}
+    assert {name: content for name, content in found.items() if name not in left} == contents(whole)
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_several_processes_write_one_cache_each_shard_once(world, num_processes, tmp_path):
     name, log = f"several-{num_processes}", tmp_path / "log"
     start = multiprocessing.get_context("fork").Barrier(num_processes)
-    processes = [in_a_process(_slowly, world, name, log, "top_k", 0, start) for _ in range(num_processes)]
+    processes = [in_a_process(_slowly, world, name, log, "top_k", start=start) for _ in range(num_processes)]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [cli.DONE] * num_processes
@@ -142,11 +146,15 @@ def test_several_processes_write_one_cache_each_shard_once(world, num_processes,
 
 
 def test_one_process_finishes_what_another_began_and_did_not_finish(world, tmp_path):
-    log, start = tmp_path / "log", multiprocessing.get_context("fork").Barrier(2)
-    processes = [in_a_process(_slowly, world, "left", log, "top_k", killed_at, start) for killed_at in (2, 0)]
-    for process in processes:
+    log = tmp_path / "log"
+    first = in_a_process(_slowly, world, "left", log, "top_k", 2, stop=signal.SIGSTOP)
+    while psutil.Process(first.pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    second = in_a_process(_slowly, world, "left", log, "top_k", victim=first.pid)
+    for process in (first, second):
         process.join()
-    assert [process.exitcode for process in processes] == [-signal.SIGKILL, cli.DONE]
+    assert (first.exitcode, second.exitcode) == (-signal.SIGKILL, cli.DONE)
+    assert log.read_text().split() == [*"0", *"23456789", "10", "11", "1"]
     assert contents(world.folder / "left") == contents(world.whole("whole-top_k"))
 
 
