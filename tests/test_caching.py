@@ -305,6 +305,16 @@ def test_a_teacher_that_was_trained_cannot_go_on_with_a_cache(world, trained_tea
     one_line(capsys, "was started with teacher=[{'weights': '", "not [{'weights': '")
 
 
+def test_the_same_weights_under_another_config_cannot_go_on_with_a_cache(world, tmp_path, capsys):
+    shutil.copytree(world.teacher, tmp_path / "teacher")
+    file = tmp_path / "teacher" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.1}))
+    world.whole("whole-top_k")
+    capsys.readouterr()
+    assert world.cache("whole-top_k", f"teacher.path={tmp_path / 'teacher'}") == cli.USERS_MISTAKE
+    one_line(capsys, "was started with teacher=[{'weights': '", "'config': '")
+
+
 def test_the_same_teacher_and_the_same_data_at_another_path_go_on(world, tmp_path, capsys):
     shutil.copytree(world.teacher, tmp_path / "teacher")
     shutil.copy(world.data, tmp_path / "data.jsonl")

@@ -23,7 +23,7 @@ from abkd.objective import completion_mask
 from abkd.setup import Say, Setup, prepare
 from abkd.targets import HiddenTargets, Targets, TopKTargets
 from abkd.teachers.cache.encoding import MOST_CLASSES, DenseEncoding, KeptEncoding
-from abkd.teachers.cache.identity import weights_digest
+from abkd.teachers.cache.identity import config_digest, weights_digest
 from abkd.teachers.cache.manifest import TOKENIZER, Manifest, digest_of, example_key
 from abkd.teachers.cached import HEAD, head_digest, write_head
 from abkd.teachers.teacher import Teacher
@@ -224,7 +224,8 @@ def _identified(recipe: config.LanguageRecipe, teacher: Teacher) -> dict[str, An
     for section, part in zip(recipe.teachers, teacher.parts, strict=True):
         said = section.model_dump(exclude={"num_connections", "timeout_s", "patience_s"})
         if isinstance(section, config.InProcess) and part.model is not None:
-            said = {"weights": weights_digest(part.model), "dtype": section.dtype, "quantization": section.quantization}
+            said = {"weights": weights_digest(part.model), "config": config_digest(part.model.config)}
+            said |= {"dtype": section.dtype, "quantization": section.quantization}
         identities.append(said)
     revisions = [getattr(getattr(part.model, "config", None), "_commit_hash", None) for part in teacher.parts]
     weights = list(getattr(recipe.teacher, "weights", ()))
