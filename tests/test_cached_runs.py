@@ -1,5 +1,6 @@
 """Training from a cache: the same curve as with the teacher at hand; and caches of anything else are refused."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from conftest import make_llama, make_tokenizer, write_recipe
 from safetensors.torch import load_file
 from test_caching import one_line
 
-from abkd import cli, run
+from abkd import cli, run, setup
 from abkd.rundir import RunDir
 from abkd.teachers.cache.manifest import shard_file
 
@@ -49,10 +50,15 @@ def world(tmp_path_factory, tokenizer, teacher_folder, data_file):
     return World(recipe, folder, teacher_folder, data_file)
 
 
-@pytest.fixture(autouse=True)
-def _no_reports(monkeypatch):
-    """They take longer than these runs."""
-    monkeypatch.setattr(run, "report_after", lambda *_: None)
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    """Without reports and memory estimates, which take longer than these runs, as the Trainer's gc.collect does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "report_after", lambda *_: None)
+        patch.setattr(setup, "say_memory", lambda *_: None)
+        gc.freeze()
+        yield
+        gc.unfreeze()
 
 
 def cached(folder, tail=None):
