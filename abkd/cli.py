@@ -348,6 +348,7 @@ def _report(options: argparse.Namespace) -> int:
 def _cache(options: argparse.Namespace) -> int:
     _one_process("cache")
     if options.recipe in ("verify", "info"):
+        cache_options.refuse_any(options, f"cache {options.recipe}")
         return _look_at_cache(options.recipe, options.overrides)
     wanted = cache_options.options_of(options)
     if not options.output:

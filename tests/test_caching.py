@@ -177,7 +177,7 @@ def test_shards_that_another_machine_is_writing_are_left_to_it(world, capsys):
 def test_the_size_is_said_before_and_not_exceeded(world, kind, capsys):
     folder = world.folder / f"size-{kind}"
     capsys.readouterr()
-    assert world.cache(folder.name, "--value-bits=9" if kind in ("top_k", "sampled") else "--seed=1", kind=kind) == 0
+    assert world.cache(folder.name, "--value-bits=9" if kind in ("top_k", "sampled") else "--batch-size=4", kind=kind) == 0
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache: ")]
     each = int(said.partition("at most ")[2].partition(" bytes each")[0].replace(",", ""))
     found = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -417,6 +417,8 @@ MISTAKES = [
             (["--targets=sampled", "--exact=-1"], "--exact=-1: must be at least 0"),
             (["--targets=some"], "invalid choice: 'some'"),
             (["--top-p=0"], "--top-p=0: must be above 0, at most 1"),
+            (["--targets=hidden", "--value-bits=8"], "--value-bits: --targets hidden keeps everything"),
+            (["--seed=3"], "--seed=3: is of the draws of --targets sampled"),
             (["--top-p=nan"], "--top-p=nan: must be above 0, at most 1"),
             (["--top-p=0.5", "--targets=sampled"], "--top-p=0.5: is of --targets top_k"),
             (["--bytes-per-token=9", "--k=3"], "--k and --bytes-per-token say the same"),
@@ -439,6 +441,7 @@ MISTAKES = [
     ),
     (["resnet56_resnet20", "--output={folder}/x"], "--targets=top_k: is of language models"),
     (["no_recipe", "--output={folder}/x"], "no_recipe"),
+    (["info", "{folder}", "--k=3"], "--k: is for writing a cache; leave it out of cache info"),
     (["{recipe}", "--output={folder}"], "and no cache; give another folder"),
 ]  # fmt: skip
 

@@ -20,20 +20,22 @@ class CacheOptions:
     top_p: float = 1.0
     bytes_per_token: int | None = None
     """In the place of k."""
-    value_bits: int = 12
+    value_bits: int | None = None
+    """Of a kept class's log-probability; None is 12."""
     temperature: float | None = None
     """Of top-k targets and samples; None is that of the recipe's objective."""
     dtype: str | None = None
     """Of hidden states and logits; None is the teacher's own."""
     shard_tokens: int = 65_536
     batch_size: int = 8
-    seed: int = 0
+    seed: int | None = None
+    """Of the draws of a sample; None is 0."""
 
     def __post_init__(self):
         reduced = self.kind in ("top_k", "sampled")
         if reduced and self.dtype is not None:
             raise InputError(f"--dtype={self.dtype}: is of hidden states and logits; leave it out, or set --value-bits")
-        for name in ("k", "num_exact", "bytes_per_token", "temperature"):
+        for name in ("k", "num_exact", "bytes_per_token", "temperature", "value_bits"):
             if not reduced and getattr(self, name) is not None:
                 flag = {"num_exact": "exact"}.get(name, name.replace("_", "-"))
                 raise InputError(f"--{flag}: --targets {self.kind} keeps everything; leave it out")
@@ -41,11 +43,13 @@ class CacheOptions:
             raise InputError(f"--top-p={self.top_p:g}: is of --targets top_k; leave it out")
         if self.kind != "sampled" and self.num_exact is not None:
             raise InputError(f"--exact={self.num_exact}: is of --targets sampled; leave it out")
+        if self.kind != "sampled" and self.seed is not None:
+            raise InputError(f"--seed={self.seed}: is of the draws of --targets sampled; leave it out")
         if self.k is not None and self.bytes_per_token is not None:
             raise InputError("--k and --bytes-per-token say the same; give one of them")
         if (self.k or 0) > 32_767:  # their number has 16 bits
             raise InputError(f"--k={self.k}: must be at most 32767; to keep more, use --targets hidden or logits")
-        if not 4 <= self.value_bits <= 16:
+        if self.value_bits is not None and not 4 <= self.value_bits <= 16:
             raise InputError(f"--value-bits={self.value_bits}: must lie between 4 and 16")
 
 
@@ -56,12 +60,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exact", type=int, help="of sampled: classes kept for sure, the others of k are drawn")
     parser.add_argument("--top-p", type=float, default=1.0, help="of top_k: no more classes than hold this mass")
     parser.add_argument("--bytes-per-token", type=int, help="the largest k that takes no more")
-    parser.add_argument("--value-bits", type=int, default=12, help="of a log-probability, 4 to 16; error 32/(2^bits-1)")
+    parser.add_argument(
+        "--value-bits", type=int, help="of a log-probability, 4 to 16, 12 unless given; error 32/(2^bits-1)"
+    )
     parser.add_argument("--temperature", type=float, help="of top_k and sampled; default: the objective's")
     parser.add_argument("--dtype", choices=DTYPES, help="of hidden and logits; default: the teacher's")
     parser.add_argument("--shard-tokens", type=int, default=65_536, help="of a shard, the most that a kill can lose")
     parser.add_argument("--batch-size", type=int, default=8, help="examples that the teacher reads at once")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--seed", type=int, help="of the draws of sampled; default: 0")
+
+
+def refuse_any(given: argparse.Namespace, command: str) -> None:
+    """Raises InputError where an option is set, for a command that takes none of them."""
+    plain = argparse.ArgumentParser()
+    add_arguments(plain)
+    for name, default in vars(plain.parse_args([])).items():
+        if getattr(given, name) != default:
+            raise InputError(f"--{name.replace('_', '-')}: is for writing a cache; leave it out of {command}")
 
 
 def options_of(given: argparse.Namespace) -> CacheOptions:

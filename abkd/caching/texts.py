@@ -28,7 +28,7 @@ from abkd.teachers.cache.manifest import TOKENIZER, Manifest, digest_of, example
 from abkd.teachers.cached import HEAD, head_digest, write_head
 from abkd.teachers.teacher import Teacher
 
-DEFAULT_K = 50
+DEFAULT_K, VALUE_BITS = 50, 12
 
 
 def cache_texts(recipe: config.LanguageRecipe, inputs: Inputs, options: CacheOptions, folder: Path, say: Say) -> None:
@@ -129,7 +129,7 @@ class _Writer:
         if self.targets["kind"] == "top_k":
             kept = TopKTargets.of_logits(logits, k, tail="lump", temperature=temperature)
             return self.encoding.encode(kept.within(self.options.top_p))
-        generator = torch.Generator(logits.device).manual_seed((key ^ self.options.seed) % 2**63)
+        generator = torch.Generator(logits.device).manual_seed((key ^ self.targets["seed"]) % 2**63)
         drawn = {"num_draws": self.targets["num_draws"], "num_exact": self.targets["num_exact"]}
         sample = TopKTargets.sample(logits, **drawn, temperature=temperature, generator=generator)
         return self.encoding.encode(sample)
@@ -175,10 +175,12 @@ def _described(
     if kind == "sampled" and not 1 <= k - num_exact <= 255:
         fits = f"between {max(k - 255, 0)} and {k - 1}"
         raise InputError(f"--exact={num_exact}: of k={k} classes 1 to 255 are draws; set it {fits}")
-    encoding = KeptEncoding(vocab, options.value_bits, k - num_exact, num_exact if kind == "sampled" else 0)
+    encoding = KeptEncoding(
+        vocab, options.value_bits or VALUE_BITS, k - num_exact, num_exact if kind == "sampled" else 0
+    )
     described = {"kind": kind, "k": k, "top_p": options.top_p, "num_exact": encoding.num_exact}
     described |= {"num_draws": encoding.num_draws, "value_bits": encoding.value_bits, "temperature": temperature}
-    return described | ({"seed": options.seed} if kind == "sampled" else {}), encoding
+    return described | ({"seed": options.seed or 0} if kind == "sampled" else {}), encoding
 
 
 def _dense_rows(targets: Targets, kind: str, start: int, stop: int) -> Tensor:
@@ -193,7 +195,7 @@ def _dense_rows(targets: Targets, kind: str, start: int, stop: int) -> Tensor:
 def _num_classes(options: CacheOptions, vocab: int, given: int | None) -> int:
     if options.bytes_per_token is None:
         return options.k or given or DEFAULT_K
-    encoding = KeptEncoding(vocab, options.value_bits)
+    encoding = KeptEncoding(vocab, options.value_bits or VALUE_BITS)
     fits = [
         k for k in range(1, min(vocab, MOST_CLASSES) + 1) if _bytes_of(encoding, options, k) <= options.bytes_per_token
     ]
