@@ -177,7 +177,9 @@ def test_shards_that_another_machine_is_writing_are_left_to_it(world, capsys):
 def test_the_size_is_said_before_and_not_exceeded(world, kind, capsys):
     folder = world.folder / f"size-{kind}"
     capsys.readouterr()
-    assert world.cache(folder.name, "--value-bits=9" if kind in ("top_k", "sampled") else "--batch-size=4", kind=kind) == 0
+    assert (
+        world.cache(folder.name, "--value-bits=9" if kind in ("top_k", "sampled") else "--batch-size=4", kind=kind) == 0
+    )
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache: ")]
     each = int(said.partition("at most ")[2].partition(" bytes each")[0].replace(",", ""))
     found = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -124,7 +124,7 @@ class _Writer:
             return self.encoding.encode(_dense_rows(targets, self.targets["kind"], start, stop))
         temperature, k = self.targets["temperature"], self.targets["k"]
         if isinstance(targets, TopKTargets):
-            return self.encoding.encode(targets.between(start, stop).first(k).within(self.options.top_p))
+            return self.encoding.encode(targets.at(slice(start, stop)).first(k).within(self.options.top_p))
         logits = targets.logits(start, stop)
         if self.targets["kind"] == "top_k":
             kept = TopKTargets.of_logits(logits, k, tail="lump", temperature=temperature)

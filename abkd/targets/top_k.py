@@ -124,10 +124,10 @@ class TopKTargets:
             log_weights=log_weights,
         )
 
-    def between(self, start: int, stop: int) -> "TopKTargets":
-        """A range of rows."""
+    def at(self, rows: slice | Tensor) -> "TopKTargets":
+        """Some of the rows."""
         given = {name: getattr(self, name) for name in ("ids", "log_probs", "tail_log_mass", "log_weights")}
-        return replace(self, **{name: x[start:stop] for name, x in given.items() if x is not None})
+        return replace(self, **{name: x[rows] for name, x in given.items() if x is not None})
 
     def within(self, top_p: float) -> "TopKTargets":
         """Of each row the fewest classes that together hold `top_p`, one at least, or all; the first come first.

@@ -1,7 +1,7 @@
 """A teacher that wrote its targets down: `abkd.teachers.cache`."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from abkd.divergences.top_k import Tail
 from abkd.errors import InputError
 from abkd.head import LMHead
 from abkd.targets import DenseTargets, HiddenTargets, Targets, TopKTargets
-from abkd.teachers.cache.encoding import KeptEncoding
+from abkd.teachers.cache.encoding import DenseEncoding, KeptEncoding
 from abkd.teachers.cache.manifest import Manifest, digest_of, example_key, first_difference
 from abkd.teachers.cache.shards import checksum
 from abkd.teachers.cache.store import Store
@@ -91,15 +91,31 @@ class CachedTeacher(Teacher):
     def targets(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, example_ids: Tensor) -> Targets:
         device = input_ids.device
         parts = [self.store.example(self._where[example]) for example in example_ids.tolist()]
+        counted = self._of_completions(parts, attention_mask, mask)
         if self.encoding is None:
-            rows = torch.cat([part["rows"] for part in parts]).to(device)
+            rows = torch.cat([part["rows"] for part in parts])[counted].to(device)
             if self._head is None:
                 return DenseTargets(rows[:, : self._vocab])
             self._head = self._head.to(device)
             return HiddenTargets(rows, self._head)
         temperature = self.store.manifest.targets["temperature"]
         kept = TopKTargets.cat([self.encoding.decode(part, self.tail, temperature) for part in parts])
-        return kept.narrowed(self._vocab).to(device)
+        return kept.at(counted).narrowed(self._vocab).to(device)
+
+    def _of_completions(self, parts: Sequence[Mapping[str, Tensor]], attention_mask: Tensor, mask: Tensor) -> Tensor:
+        """bool, of the rows of all parts, end to end: which of them `mask` counts.
+
+        Raises:
+            InputError: it counts a token that is in no completion.
+        """
+        mask, lengths = mask.cpu(), attention_mask.sum(1).tolist()
+        name = (self.encoding or DenseEncoding).per_token
+        numbers = [len(part[name]) for part in parts]
+        wanted = [row[end - 1 - n : end - 1] for row, end, n in zip(mask, lengths, numbers, strict=True)]
+        counted = torch.cat(wanted)
+        if int(counted.sum()) != int(mask.sum()):
+            raise InputError("the mask counts tokens outside the completions, and the cache has none for them")
+        return counted
 
 
 def kept_encoding(manifest: Manifest) -> KeptEncoding | None:

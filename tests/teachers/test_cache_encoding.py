@@ -98,7 +98,7 @@ def test_rows_of_unlike_numbers_of_classes():
 def test_an_example_is_the_same_alone_and_among_others():
     targets = TopKTargets.of_logits(rows("random"), 9, tail="lump").within(0.9)
     encoding = KeptEncoding(VOCAB)
-    parts = [read_back(encoding, targets.between(start, start + 8)) for start in range(0, 40, 8)]
+    parts = [read_back(encoding, targets.at(slice(start, start + 8))) for start in range(0, 40, 8)]
     assert log_probs_of(TopKTargets.cat(parts)).equal(log_probs_of(read_back(encoding, targets)))
 
 

@@ -66,14 +66,42 @@ def opened(folder, manifest, tail=None, examples=EXAMPLES):
     return teacher
 
 
-def targets_of(teacher, ids):
-    nothing = torch.zeros(len(ids), 2, dtype=torch.long)
-    return teacher.targets(
-        input_ids=nothing, attention_mask=nothing, mask=nothing.bool(), example_ids=torch.tensor(ids)
-    )
+def batch_of(ids, counted=lambda place: True, examples=EXAMPLES):
+    """A padded batch of examples, of whose completion tokens those at the places counted."""
+    chosen = [next(each for each in examples if each.example_id == name) for name in ids]
+    input_ids = torch.zeros(len(ids), max(len(each.prompt_ids + each.completion_ids) for each in chosen) + 1).long()
+    attention_mask, mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)[:, 1:].bool()
+    for row, each in enumerate(chosen):
+        first, length = len(each.prompt_ids), len(each.prompt_ids + each.completion_ids)
+        input_ids[row, :length] = torch.tensor(each.prompt_ids + each.completion_ids)
+        attention_mask[row, :length] = 1
+        for place in range(len(each.completion_ids)):
+            mask[row, first + place - 1] = counted(place)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "example_ids": torch.tensor(ids)}
+
+
+def targets_of(teacher, ids, examples=EXAMPLES):
+    return teacher.targets(**batch_of(ids, examples=examples))
 
 
 ORDER = [60, 0, 30, 30, 10]
+
+
+@pytest.mark.parametrize("kind, tail", [("logits", None), ("hidden", None), ("top_k", "uniform"), ("sampled", None)])
+def test_a_mask_may_count_a_part_of_the_completions(tmp_path, kind, tail):
+    manifest, _ = write(tmp_path, kind)
+    teacher = opened(tmp_path, manifest, tail)
+    lengths = [len(each.completion_ids) for name in ORDER for each in EXAMPLES if each.example_id == name]
+    whole = targets_of(teacher, ORDER).logits(0, sum(lengths))
+    first = [sum(lengths[:number]) for number in range(len(lengths))]
+    found = teacher.targets(**batch_of(ORDER, counted=lambda place: place == 0))
+    assert torch.equal(found.logits(0, len(ORDER)), whole[first])
+    none = teacher.targets(**batch_of(ORDER, counted=lambda place: False))
+    assert none.shape == (0, VOCAB)
+    beyond = batch_of(ORDER)
+    beyond["mask"][0, 0] = True
+    with pytest.raises(InputError, match="counts tokens outside the completions"):
+        teacher.targets(**beyond)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -84,9 +112,7 @@ def test_logits_come_back_in_the_order_of_the_batch(tmp_path, dtype):
     assert isinstance(found, DenseTargets) and teacher.vocab == VOCAB
     truth = torch.cat([rows[name] for name in ORDER]).to(dtype).float()
     assert found.logits(0, len(truth)).equal(truth)
-    assert teacher.logits(
-        input_ids=torch.zeros(1, 2), attention_mask=torch.zeros(1, 2), mask=None, example_ids=torch.tensor([30])
-    ).equal(rows[30].to(dtype).float())
+    assert teacher.logits(**batch_of([30])).equal(rows[30].to(dtype).float())
     teacher.narrow(VOCAB - 2)
     assert teacher.vocab == VOCAB - 2
     assert targets_of(teacher, ORDER).logits(0, len(truth)).equal(truth[:, : VOCAB - 2])
@@ -159,7 +185,7 @@ def test_top_k_targets_of_a_narrower_vocabulary(tmp_path, k, tail):
 def test_a_subset_in_another_order_under_other_ids_is_found(tmp_path):
     manifest, rows = write(tmp_path, "logits")
     examples = [EXAMPLES[n]._replace(example_id=index) for index, n in enumerate((5, 2))]
-    found = targets_of(opened(tmp_path, manifest, examples=examples), [1, 0])
+    found = targets_of(opened(tmp_path, manifest, examples=examples), [1, 0], examples)
     assert found.values.equal(torch.cat([rows[20], rows[50]]))
 
 

@@ -46,7 +46,8 @@ class KeptEncoding:
     value_bits: int = 12
     num_draws: int = 0
     num_exact: int = 0
-    names: ClassVar[tuple[str, ...]] = ("num_kept", "tail", "entries", "counts")
+    per_token: ClassVar[str] = "num_kept"
+    """Of what is encoded, that which has an entry for each token."""
 
     @property
     def id_bits(self) -> int:
@@ -132,7 +133,7 @@ class DenseEncoding:
 
     width: int
     dtype: torch.dtype
-    names: ClassVar[tuple[str, ...]] = ("rows",)
+    per_token: ClassVar[str] = "rows"
 
     def most_bytes(self, num_tokens: int) -> int:
         return num_tokens * self.width * self.dtype.itemsize
