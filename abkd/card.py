@@ -4,10 +4,12 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from abkd.analysis.report.words import model_words
 from abkd.config import ImageRecipe, LanguageRecipe, Recipe
 from abkd.models.pretrained import find_model
 from abkd.paths import find_path
 from abkd.rundir import environment
+from abkd.teachers.cache.manifest import Manifest
 
 CARD = "README.md"
 MEASURES = {
@@ -56,11 +58,11 @@ def image_card(recipe: ImageRecipe, results: dict[str, Any]) -> str:
     data = f"on the images of `{recipe.data.clip_set or recipe.data.train}` for {results['num_steps']:,} steps."
     start = getattr(recipe.student, "name", "") or recipe.student.path
     objective = results["calibration"] if recipe.objective.calibration else results["divergence"]
-    teacher = recipe.teacher and (recipe.teacher.path or getattr(recipe.teacher, "name", ""))
+    teacher = recipe.teacher and _teacher(recipe.teacher)
     made = (
         f"`{start}` trained {data}"
         if teacher is None
-        else f"`{start}`, distilled from `{teacher}` under {objective} {data}"
+        else f"`{start}`, distilled from {teacher} under {objective} {data}"
     )
     front = ModelCardData(
         library_name="abkd",
@@ -137,8 +139,19 @@ def _made(recipe: LanguageRecipe, results: dict[str, Any]) -> str:
 
 
 def _teachers(recipe: LanguageRecipe) -> str:
-    names = [f"`{getattr(each, 'model', '') or getattr(each, 'path', '')}`" for each in recipe.teachers]
+    names = [_teacher(each) for each in recipe.teachers]
     return names[0] if len(names) == 1 else f"a mixture of {' and '.join(names)}"
+
+
+def _teacher(section: Any) -> str:
+    """Its name; of a cache that of the teacher who wrote it."""
+    if section.kind == "cached":
+        return f"targets that `{model_words(_written_by(section))}` wrote"
+    return f"`{getattr(section, 'model', '') or section.path or section.name}`"
+
+
+def _written_by(section: Any) -> dict[str, Any]:
+    return Manifest.read(find_path(section.path, "teacher.path"), "teacher.path").teacher["section"]
 
 
 def _table(results: dict[str, Any], named: dict[str, str]) -> str:

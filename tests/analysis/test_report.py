@@ -13,6 +13,7 @@ import yaml
 from scipy import stats
 
 from abkd.analysis.report import write_report
+from abkd.analysis.report.words import model_words
 
 LABELS = ["1", "2", "3-5", "6-10", "11-100", "101-1000", "1001+"]
 SEEDS = (0, 1, 2)
@@ -475,3 +476,20 @@ def test_what_was_trained_and_how_to_do_it_again(grid, page):
     command, *_ = [code.text for code in again.all("code")]
     assert shlex.split(command) == ["abkd", "train", str(folder / "recipe.yaml"), f"run_dir={folder}-again"]
     assert again.one("details").one("pre").text == (folder / "recipe.yaml").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "section, words",
+    [
+        ({"kind": "cached", "path": "caches/a"}, "the cache caches/a"),
+        ({"kind": "served", "model": "big", "url": "http://host"}, "big at http://host"),
+        (
+            {"kind": "mixture", "teachers": [{"path": "a"}, {"kind": "cached", "path": "b"}]},
+            "a mixture of a and the cache b",
+        ),
+        ({"kind": "shrink", "keep_layers": 3, "path": "a"}, "3 layers of a"),
+        ({"kind": "shrink", "layers": [0, 2], "path": ""}, "2 layers of the teacher"),
+    ],
+)
+def test_a_model_in_a_few_words(section, words):
+    assert model_words(section) == words

@@ -73,6 +73,8 @@ def test_a_run_is_that_of_the_teacher_in_this_process(recipe_file, cache, tmp_pa
     assert len(near) == 9 and far == pytest.approx(near, rel=1e-5)
     assert measured_far["after"]["forward_kl"] == pytest.approx(measured["after"]["forward_kl"], rel=1e-4)
     assert "teacher" not in measured_far
+    card = (tmp_path / "far/student/README.md").read_text()
+    assert f"distilled from targets that `{recipe_file.parent / 'teacher/student'}` wrote" in card
 
 
 def test_the_cache_is_whole_and_says_what_it_is(cache, capsys):

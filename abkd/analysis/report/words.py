@@ -112,9 +112,16 @@ def model_words(section: Any) -> str:
     if not isinstance(section, Mapping):
         return "none"
     name = section.get("path") or section.get("name") or section.get("kind") or "unknown"
-    if section.get("kind") == "shrink":
-        layers = section.get("layers") or []
-        name = f"{section.get('keep_layers') or len(layers)} layers of the teacher"
+    match section.get("kind"):
+        case "shrink":
+            layers = section.get("layers") or []
+            name = f"{section.get('keep_layers') or len(layers)} layers of {section.get('path') or 'the teacher'}"
+        case "cached":
+            name = f"the cache {name}"
+        case "served":
+            name = f"{section.get('model')} at {section.get('url')}"
+        case "mixture":
+            name = f"a mixture of {' and '.join(map(model_words, section.get('teachers') or []))}"
     if lora := section.get("lora"):
         name = f"{name}, LoRA of rank {lora.get('rank')}"
     return str(name)
