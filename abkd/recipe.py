@@ -168,7 +168,8 @@ def _explain(content: dict[str, Any], error: Any, recipe: type[Recipe]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         found = f"{value['kind']!r} is unknown" if "kind" in value else "missing"
-        return f"{field}.kind: {found}; use one of {', '.join(map(repr, _kinds(model, path[-1])))}"
+        name = next(key for key in reversed(path) if not key.isdigit())  # of the field, whatever its place in a list
+        return f"{field}.kind: {found}; use one of {', '.join(map(repr, _kinds(model, name)))}"
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{field}: {value!r} is refused: it is a section and holds keys, as in {field}.KEY=VALUE"
     if error["type"] == "value_error":
