@@ -7,7 +7,7 @@ Errors: rows and students are those of `benchmarks/top_k.py`; each form is encod
 row, value and gradient on the hidden states as there. Bytes a token are those of the encoded rows; a shard adds 24 to
 each example. Samples: four of them, as there.
 
-Steps: the demo's teacher, data, student and trainer; each batch is taken by every teacher in turn, forward, backward and
+Steps: the demo's teacher, data, student and trainer; each batch is taken by every teacher in turn, forward, backward,
 optimiser. Median seconds of a step, the median and the range over the batches of the ratio of steps per second to the
 teacher in the process, and the share of the steps in which the teacher was asked.
 """
