@@ -19,6 +19,7 @@ from abkd.data.images import (
     EpochSampler,
     ImageStore,
     random_boxes,
+    repeated,
     resized_crops,
     splitmix64,
 )
@@ -306,3 +307,24 @@ def test_ranks_share_an_epoch():
     sampler = EpochSampler(N, 0)
     shards = [list(BatchSamplerShard(BatchSampler(sampler, 5, False), 2, rank)) for rank in (0, 1)]
     assert sorted(itertools.chain(*shards[0], *shards[1])) == list(range(N))
+
+
+@pytest.mark.parametrize(
+    "options, period",
+    [
+        ({}, 0),
+        ({"repeat_every": 3}, 3),
+        ({"crop_padding": 0, "flip": False}, 1),
+        ({"crop_padding": 0, "flip": False, "repeat_every": 3}, 1),
+        ({"crop_padding": 0, "flip": False, "scale": (0.5, 1.0)}, 0),
+    ],
+)
+def test_images_come_again_after_a_period(options, period):
+    augmentation = Augmentation(**options)
+    assert augmentation.period == period
+    keys = torch.arange(0, 60, 7)
+    first = repeated(keys, augmentation, num_images=10)
+    assert torch.equal(first, keys if period == 0 else keys % (10 * period))
+    assert torch.equal(repeated(keys, None, num_images=10), keys % 10)
+    with pytest.raises(InputError, match="repeat_every=-1"):
+        Augmentation(repeat_every=-1)
