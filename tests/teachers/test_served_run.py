@@ -100,3 +100,13 @@ def test_a_cache_is_written_from_a_server(recipe_file, server, teacher_folder, t
     cached = ["teacher.kind=cached", f"teacher.path={cache}", "teacher.tail=uniform", f"student.path={teacher_folder}"]
     assert cli.main(["train", str(recipe_file), f"run_dir={far}", *cached]) == cli.DONE
     assert losses(far) == pytest.approx(losses(near), rel=0.02)
+
+
+def test_a_mixture_of_the_same_teacher_here_and_there_is_that_teacher(recipe_file, server, teacher_folder, tmp_path):
+    near, mixed = tmp_path / "near", tmp_path / "mixed"
+    there = f"{{kind: served, url: '{server.url}', model: tiny, k: {K}, tail: uniform}}"
+    section = ["teacher.kind=mixture", f"teacher.teachers=[{{path: '{teacher_folder}'}}, {there}]"]
+    assert cli.main(["train", str(recipe_file), f"run_dir={near}"]) == cli.DONE
+    mixture = [*section, "teacher.weights=[1, 3]", f"student.path={teacher_folder}"]
+    assert cli.main(["train", str(recipe_file), f"run_dir={mixed}", *mixture]) == cli.DONE
+    assert losses(mixed) == pytest.approx(losses(near), rel=1e-4)
