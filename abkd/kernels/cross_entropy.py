@@ -8,7 +8,8 @@ from torch import Tensor
 from abkd.divergences import ForwardKL
 from abkd.errors import InputError
 from abkd.head import LMHead
-from abkd.kernels.chunked import _autocast_dtype, _Side, chunk_rows
+from abkd.kernels.chunked import _autocast_dtype, chunk_rows
+from abkd.kernels.sides import Side
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -68,7 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
         weights = weights.to(dtype)
         values = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
-            side = _Side(hidden, head, ctx.needs_input_grad[-3:], rows, dtype, autocast)
+            side = Side(hidden, head, ctx.needs_input_grad[-3:], rows, dtype, autocast)
             for start in range(0, len(hidden), rows):
                 stop = min(start + rows, len(hidden))
                 logits, label = side.logits(start, stop), labels[start:stop].unsqueeze(-1)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from abkd.divergences import Divergence
 from abkd.divergences.top_k import Kept, is_reduced
-from abkd.targets import MixtureTargets, Targets, TopKTargets
+from abkd.targets import Targets, TopKTargets
 
 _BLOCK = 2**20  # elements of a temporary, on a CPU
 
@@ -15,30 +15,6 @@ def why_reduced(targets: Targets, divergence: Divergence) -> str:
     if isinstance(targets, TopKTargets) and is_reduced(divergence, targets.tail):
         return f"the teacher is known at k classes, tail={targets.tail}"
     return ""
-
-
-class MadeRows:
-    """Targets without a gradient as a side of the chunks: k classes of each row, or the rows of a chunk made for it."""
-
-    def __init__(self, targets: TopKTargets | MixtureTargets, divergence: Divergence, dtype: torch.dtype):
-        self.targets, self.dtype = targets, dtype
-        self._reduced = bool(why_reduced(targets, divergence))
-
-    def kept(self, start: int, stop: int) -> Kept | None:
-        if not self._reduced:
-            return None
-        assert isinstance(self.targets, TopKTargets)
-        return self.targets.rows(start, stop, self.dtype)
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        """`[stop - start, vocab]`, or without a column where `kept` says it all."""
-        if self._reduced:
-            assert isinstance(self.targets, TopKTargets)
-            return self.targets.log_probs.new_empty(stop - start, 0, dtype=self.dtype)
-        return self.targets.logits(start, stop).to(self.dtype)
-
-    def gradients(self) -> list[Tensor | None]:
-        return [None, None, None]
 
 
 def kept_rows(

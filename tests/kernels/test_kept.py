@@ -14,7 +14,7 @@ from abkd import InputError, Objective, kernels
 from abkd.calibrations import DKD, Plain
 from abkd.divergences import JSD, KINDS, AlphaBeta, ForwardKL, ReverseKL
 from abkd.head import LMHead
-from abkd.kernels import chunked, kept, linear_divergence, linear_loss
+from abkd.kernels import chunked, kept, linear_divergence, linear_loss, sides
 from abkd.targets import HiddenTargets, TopKTargets
 
 TAILS = ("lump", "uniform", "renormalise", "sampled")
@@ -161,7 +161,7 @@ def test_no_tensor_has_all_tokens_and_classes(tail):
 
 @pytest.mark.parametrize("tail", ["lump", "renormalise", "sampled"])
 def test_the_teacher_takes_no_buffer_of_a_chunk_either(tail):
-    side = kept.MadeRows(top_k(models()[2], tail), AlphaBeta(), torch.float32)
+    side = sides.MadeRows(top_k(models()[2], tail), AlphaBeta(), torch.float32)
     assert side.logits(3, 11).shape == (8, 0)
     assert side.kept(3, 11).ids.shape[0] == 8
 

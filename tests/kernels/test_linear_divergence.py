@@ -10,6 +10,7 @@ from abkd import InputError, kernels
 from abkd.divergences import JSD, KINDS, AlphaBeta, Divergence, ForwardKL, ReverseKL
 from abkd.head import LMHead
 from abkd.kernels import chunked, linear_divergence, linear_loss, native
+from abkd.kernels import sides as sides_of
 from abkd.targets import DenseTargets, HiddenTargets
 
 STEPS = {"native": chunked.native_step, "torch": chunked.torch_step, "autograd": chunked.autograd_step}
@@ -184,9 +185,9 @@ def test_no_token_gives_an_attached_zero():
 @pytest.mark.parametrize("frozen", [("weight",), ("hidden",), ("weight", "hidden", "bias")])
 def test_nothing_is_computed_for_what_is_frozen(frozen, monkeypatch):
     sides = []
-    original = chunked._Side.__init__
+    original = sides_of.Side.__init__
     monkeypatch.setattr(
-        chunked._Side, "__init__", lambda self, *a, **k: (original(self, *a, **k), sides.append(self))[0]
+        sides_of.Side, "__init__", lambda self, *a, **k: (original(self, *a, **k), sides.append(self))[0]
     )
     problem = Problem(bias=True)
     if len(frozen) == 3:

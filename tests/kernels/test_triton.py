@@ -25,7 +25,7 @@ from abkd.divergences import (
     TotalVariation,
 )
 from abkd.head import LMHead
-from abkd.kernels import chunked, linear_divergence, linear_loss
+from abkd.kernels import chunked, linear_divergence, linear_loss, sides
 from abkd.targets import DenseTargets, HiddenTargets
 
 pytest.importorskip("triton")
@@ -167,9 +167,9 @@ def test_products_of_half_factors_keep_the_accuracy_of_the_result(inside, head, 
     """
     bound = 6e-3 if DEVICE == "cpu" and not head else 3e-3
     if DEVICE == "cpu":
-        product = chunked._add_product
-        monkeypatch.setattr(chunked, "_factor_dtype", lambda *arguments: torch.bfloat16)
-        monkeypatch.setattr(chunked, "_add_product", lambda out, a, b, keep=1: product(out, a.float(), b.float(), keep))
+        product = sides.add_product
+        monkeypatch.setattr(sides, "factor_dtype", lambda *arguments: torch.bfloat16)
+        monkeypatch.setattr(sides, "add_product", lambda out, a, b, keep=1: product(out, a.float(), b.float(), keep))
     monkeypatch.setattr("abkd.kernels.triton._BLOCK", 4096)
     problem = Problem(inside, torch.bfloat16, tokens=24, hidden=64, vocab=2500, scale=3.0, device=DEVICE, **head)
     truth, found = replace(problem, device="cpu").run(torch.float64, "reference"), problem.run(path="triton")
