@@ -38,6 +38,8 @@ ONLY_IN = {
     "rich": {"analysis/table.py"},
     "rouge_score": {"evaluation/rouge.py"},
     "vllm": {"generation_vllm.py"},
+    "optuna": {"tune/study.py"},
+    "timm": {"models/classifier_libraries.py"},
     "triton": {"kernels/triton.py"},
 }
 TORCH_FREE = [
@@ -57,6 +59,7 @@ TORCH_FREE = [
     "teachers/connection.py",
     "teachers/servers.py",
     "caching/options.py",
+    *(f"tune/{name}.py" for name in ["__init__", "plane", "points", "metrics", "study", "folder"]),
     "caching/check.py",
     "rundir.py",
     "inputs.py",

@@ -1,4 +1,4 @@
-"""A teacher that is known at k classes of each token: what the chunks get of it, and their step."""
+"""A teacher that is known at k classes of each token: whether a row of it is made, and the step where none is."""
 
 import torch
 from torch import Tensor
