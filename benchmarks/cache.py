@@ -1,7 +1,8 @@
 """A teacher from a cache beside the teacher in the room: bytes and errors of each form, and whole training steps.
 
     python benchmarks/cache.py errors                      # a row a form, student and divergence into cache_errors.csv
-    python benchmarks/cache.py steps [--layers 6]          # a row a teacher and repeat into cache_steps.csv
+    python benchmarks/cache.py steps [--layers 6]          # a row a teacher into cache_steps.csv
+    python benchmarks/cache.py students                    # a row a teacher, divergence and seed into cache_students.csv
 
 Errors: rows and students are those of `benchmarks/top_k.py`; each form is encoded, decoded, and compared with the dense
 row, value and gradient on the hidden states as there. Bytes a token are those of the encoded rows; a shard adds 24 to
@@ -10,10 +11,14 @@ each example. Samples: four of them, as there.
 Steps: the demo's teacher, data, student and trainer; each batch is taken by every teacher in turn, forward, backward,
 optimiser. Median seconds of a step, the median and the range over the batches of the ratio of steps per second to the
 teacher in the process, and the share of the steps in which the teacher was asked.
+
+Students: the demo's training under each teacher; what became of them, against the teacher in the process, on the
+validation data.
 """
 
 import argparse
 import csv
+import itertools
 import statistics
 import tempfile
 import time
@@ -30,7 +35,7 @@ from abkd.targets import TopKTargets
 from abkd.teachers.cache.encoding import KeptEncoding
 from abkd.teachers.cached import CachedTeacher
 
-ERRORS, STEPS = (Path(__file__).with_name(f"cache_{name}.csv") for name in ("errors", "steps"))
+ERRORS, STEPS, STUDENTS = (Path(__file__).with_name(f"cache_{name}.csv") for name in ("errors", "steps", "students"))
 POINTS = [*top_k.POINTS, JSD()]
 K = 50
 FORMS = {
@@ -48,19 +53,17 @@ CACHED = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["errors", "steps"])
+    parser.add_argument("what", choices=["errors", "steps", "students"])
     parser.add_argument("--layers", type=int, default=6, help="of the student")
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3, help="of the students")
     parser.add_argument("--objective", default="forward_kl", help="kind of the divergence of the steps")
     options = parser.parse_args()
-    if options.what == "errors":
-        write_errors()
-    else:
-        write_steps(options)
+    {"errors": write_errors, "steps": write_steps, "students": write_students}[options.what](options)
 
 
-def write_errors() -> None:
+def write_errors(options) -> None:
     for layers in (28, 24):
         rows = top_k.read_rows(layers, 256)
         log_p = rows.teacher.log_softmax(-1)
@@ -111,7 +114,6 @@ def hidden_rows(layers: int):
 def write_steps(options) -> None:
     """Every teacher takes each batch in turn, in one process: whatever else the machine does meets all of them."""
     warnings.filterwarnings("ignore")
-    from abkd.cli import main as abkd
     from abkd.inputs import check_inputs
     from abkd.recipe import read_recipe
     from abkd.setup import make_student, prepare
@@ -123,13 +125,7 @@ def write_steps(options) -> None:
     setup = prepare(recipe, check_inputs(recipe), print)
     student = make_student(recipe, setup, print)
     with tempfile.TemporaryDirectory() as folder:
-        teachers = {"in process": setup.teacher}
-        for name, (form, tail) in CACHED.items():
-            cache = Path(folder) / form[1]
-            if not cache.exists():
-                assert abkd(["cache", "demo", *form, "--output", str(cache)]) == 0
-            teachers[name] = CachedTeacher.open(cache, tail)
-            teachers[name].expect([*setup.train, *setup.validation], {})
+        teachers = all_teachers(setup, Path(folder))
         trainer = _abkd(recipe, setup, student, Path(folder))
         optimizer = trainer.create_optimizer()
         seconds = {name: [] for name in teachers}
@@ -151,6 +147,54 @@ def write_steps(options) -> None:
             "teacher_share": round(asking[name] / sum(own), 4),
         })  # fmt: skip
         print(name, f"{statistics.median(own):.3f} s, {statistics.median(ratios):.2f} x", flush=True)
+
+
+def all_teachers(setup, folder: Path) -> dict:
+    """The one in the process, and those that read the caches it wrote."""
+    from abkd.cli import main as abkd
+
+    teachers = {"in process": setup.teacher}
+    for name, (form, tail) in CACHED.items():
+        cache = folder / form[1]
+        if not cache.exists():
+            assert abkd(["cache", "demo", *form, "--output", str(cache)]) == 0
+        teachers[name] = CachedTeacher.open(cache, tail)
+        teachers[name].expect([*setup.train, *setup.validation], {})
+    return teachers
+
+
+def write_students(options) -> None:
+    warnings.filterwarnings("ignore")
+    from dataclasses import replace
+
+    from abkd.data.batches import Collator, batches_by_length
+    from abkd.evaluation.fidelity import fidelity
+    from abkd.inputs import check_inputs
+    from abkd.recipe import read_recipe
+    from abkd.setup import make_student, prepare
+    from abkd.trainer import VALIDATION_DIVERGENCES
+
+    setup = prepare(demo := read_recipe("demo"), check_inputs(demo), print)
+    with tempfile.TemporaryDirectory() as folder:
+        teachers = all_teachers(setup, Path(folder))
+        for number, (seed, point, name) in enumerate(
+            itertools.product(range(options.seeds), [(1.0, 0.0), (0.5, 0.5), (0.2, 0.7)], teachers)
+        ):
+            recipe = read_recipe("demo", [
+                f"training.seed={seed}", "training.validate_every=0",
+                f"objective.divergence={{kind: alpha_beta, alpha: {point[0]}, beta: {point[1]}}}",
+            ])  # fmt: skip
+            student = make_student(recipe, setup, print)
+            (Path(folder) / str(number)).mkdir()
+            _abkd(recipe, replace(setup, teacher=teachers[name]), student, Path(folder) / str(number)).train()
+            batches = batches_by_length(setup.validation, Collator.of(setup.tokenizer), 4)
+            found = fidelity(student, setup.teacher.targets, batches, VALIDATION_DIVERGENCES)
+            append(STUDENTS, {
+                "date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "teacher": name, "alpha": point[0],
+                "beta": point[1], "seed": seed, "steps": recipe.training.num_steps,
+                **{key: f"{value:.4f}" for key, value in found.items() if key != "num_tokens"},
+            })  # fmt: skip
+            print(name, point, seed, found, flush=True)
 
 
 def step(trainer, optimizer, student, batch, teacher) -> tuple[float, float]:
