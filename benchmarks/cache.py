@@ -2,7 +2,7 @@
 
     python benchmarks/cache.py errors                      # a row a form, student and divergence into cache_errors.csv
     python benchmarks/cache.py steps [--layers 6]          # a row a teacher into cache_steps.csv
-    python benchmarks/cache.py students                    # a row a teacher, divergence and seed into cache_students.csv
+    python benchmarks/cache.py students                    # a row a teacher, point and seed into cache_students.csv
 
 Errors: rows and students are those of `benchmarks/top_k.py`; each form is encoded, decoded, and compared with the dense
 row, value and gradient on the hidden states as there. Bytes a token are those of the encoded rows; a shard adds 24 to
