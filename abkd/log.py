@@ -11,7 +11,7 @@ from torch import Tensor
 
 from abkd.kernels.reference import entropy
 from abkd.objective import Loss
-from abkd.targets import Targets
+from abkd.targets import Targets, TopKTargets
 
 ROWS = 32
 """Tokens whose rows are looked at for one line."""
@@ -75,7 +75,10 @@ class StepLog:
         found = {"num_rows": len(labels), "student_entropy": entropy(q).sum().item()}
         found["token_accuracy"] = (q.argmax(-1) == labels).sum().item()
         if teacher is not None:
-            p = teacher.logits(first, first + len(labels)).to(q.device).log_softmax(-1)
+            rows = teacher.logits(first, first + len(labels)).to(q.device)
+            if isinstance(teacher, TopKTargets):
+                rows = teacher.temperature * rows  # what it divided
+            p = rows.log_softmax(-1)
             found |= {"num_teacher_rows": len(labels), "teacher_entropy": entropy(p).sum().item()}
             found["token_agreement"] = (p.argmax(-1) == q.argmax(-1)).sum().item()
             if step is not None:

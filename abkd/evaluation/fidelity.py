@@ -11,7 +11,7 @@ from abkd.errors import InputError
 from abkd.head import LMHead, check_head, completion_hidden, completion_logits
 from abkd.objective import completion_mask
 from abkd.ranks import summed
-from abkd.targets import DenseTargets, HiddenTargets, Targets
+from abkd.targets import DenseTargets, HiddenTargets, Targets, TopKTargets
 
 ROWS = 256
 """Tokens whose logits exist at a time: memory does not grow with the batch."""
@@ -26,7 +26,9 @@ def fidelity(
     *,
     per_token: Callable[[Tensor, Tensor], None] = lambda student, teacher: None,
 ) -> dict[str, float]:
-    """Means over the completion tokens of all batches of all ranks; temperature 1.
+    """Means over the completion tokens of all batches of all ranks, at temperature 1.
+
+    Top-k targets were made at a temperature of their own, and the student is compared with them at that one.
 
     Args:
         teacher_targets: `InProcessTeacher.targets`, or any function of its signature; None where there is no teacher.
@@ -62,6 +64,8 @@ def fidelity(
             if teacher_rows is None:
                 continue
             p = teacher_rows.logits(start, stop).to(device).log_softmax(dim=-1)
+            if isinstance(teacher_rows, TopKTargets) and teacher_rows.temperature != 1:
+                q = (q / teacher_rows.temperature).log_softmax(dim=-1)
             for name, divergence in divergences.items():
                 sums[name] += divergence(student=q, teacher=p).sum().item()
             sums["token_agreement"] += (q.argmax(dim=-1) == p.argmax(dim=-1)).sum().item()

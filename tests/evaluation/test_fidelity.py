@@ -5,6 +5,7 @@ from conftest import make_llama
 from abkd import AlphaBeta, ForwardKL, InProcessTeacher, ReverseKL
 from abkd.evaluation.fidelity import fidelity
 from abkd.objective import completion_mask
+from abkd.targets import TopKTargets
 
 DIVERGENCES = {"forward_kl": ForwardKL(), "reverse_kl": ReverseKL(), "alpha_beta": AlphaBeta()}
 VOCAB = 30
@@ -70,3 +71,20 @@ def test_rows_are_handed_on_as_log_probabilities():
     for pair in seen:
         for rows in pair:
             torch.testing.assert_close(rows.exp().sum(-1), torch.ones(len(rows)))
+
+
+def test_top_k_targets_are_compared_with_at_their_own_temperature():
+    model, seen = make_llama(VOCAB), []
+    teacher = InProcessTeacher(make_llama(VOCAB))
+
+    def targets(**batch):
+        return TopKTargets.of_logits(teacher.logits(**batch), VOCAB, tail="uniform", temperature=2.0)
+
+    measured = fidelity(model, targets, batches(), DIVERGENCES, per_token=lambda *rows: seen.append(rows))
+    plain = fidelity(model, teacher.targets, batches(), DIVERGENCES)
+    for name in DIVERGENCES:
+        assert measured[name] == pytest.approx(0, abs=1e-6)
+    for name in ("next_token_loss", "entropy", "token_agreement"):
+        assert measured[name] == pytest.approx(plain[name], rel=1e-6)
+    for student, row in seen:
+        torch.testing.assert_close(student, row)
