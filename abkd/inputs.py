@@ -13,7 +13,7 @@ from abkd.models.pretrained import find_model
 from abkd.paths import find_path
 from abkd.ranks import is_first, num_ranks
 from abkd.rundir import ENVIRONMENT, RECIPE, RunDir
-from abkd.teachers.cache.manifest import Manifest
+from abkd.teachers.cache.manifest import MANIFEST, Manifest
 
 
 class Inputs(NamedTuple):
@@ -57,10 +57,12 @@ def check_language_inputs(recipe: LanguageRecipe) -> Inputs:
     for field, teacher in named_teachers(recipe).items():
         match teacher:
             case InProcess(path=path, adapter=adapter):
+                _check_no_cache(path, f"{field}.path", f"{field}.kind")
                 named[f"{field}.path"], adapters[f"{field}.adapter"] = path, adapter
             case Cached():
                 models.append(_check_cache(recipe, teacher, field))
             case Served(url=url, model=model):
+                _check_served(recipe, field)
                 models.append(f"{field}: {model} at {url}")
                 if teacher.tokenizer:
                     named[f"{field}.tokenizer"] = teacher.tokenizer
@@ -101,6 +103,37 @@ def named_teachers(recipe: LanguageRecipe) -> dict[str, InProcess | Cached | Ser
     return {"teacher": recipe.teacher} if recipe.teacher else {}
 
 
+def _check_no_cache(path: str, field: str, kind: str) -> None:
+    folder = find_path(path, field)
+    if (folder / MANIFEST).is_file() and not (folder / "config.json").exists():
+        raise InputError(f"{field}: {path!r} is a cache and not a model; set {kind}=cached")
+
+
+def _check_served(recipe: LanguageRecipe, field: str) -> None:
+    """A server gives some classes of each token at temperature 1; a mixture makes rows of them."""
+    if isinstance(recipe.teacher, Mixture) or recipe.objective.kd_weight == 0:
+        return
+    if recipe.objective.calibration is not None:
+        raise InputError(
+            f"objective.calibration.kind={recipe.objective.calibration.kind} compares whole rows of logits, and "
+            f"{field}.kind=served gives some classes of each; use objective.divergence"
+        )
+    name, asked = _teacher_temperature(recipe)
+    if asked != 1:
+        raise InputError(
+            f"{field}.kind=served gives rows at temperature 1, and here is objective.{name}={asked:g}; set "
+            "objective.teacher_temperature=1"
+        )
+
+
+def _teacher_temperature(recipe: LanguageRecipe) -> tuple[str, float]:
+    """The option that says it, and its value."""
+    objective = recipe.objective
+    if objective.teacher_temperature is None:
+        return "temperature", objective.temperature
+    return "teacher_temperature", objective.teacher_temperature
+
+
 def _check_cache(recipe: LanguageRecipe, section: Cached, field: str) -> str:
     """The cache must be whole, of texts, and its targets of a kind that the objective can use."""
     folder = find_path(section.path, f"{field}.path")
@@ -121,7 +154,7 @@ def _check_cache(recipe: LanguageRecipe, section: Cached, field: str) -> str:
 
 def _check_reduced(recipe: LanguageRecipe, manifest: Manifest, field: str) -> None:
     """Top-k targets are at one temperature; a mixture makes rows of them, which a sample has not."""
-    made, objective = manifest.targets["temperature"], recipe.objective
+    made = manifest.targets["temperature"]
     if isinstance(recipe.teacher, Mixture):
         if manifest.targets["kind"] == "sampled" or made != 1:
             raise InputError(
@@ -129,8 +162,7 @@ def _check_reduced(recipe: LanguageRecipe, manifest: Manifest, field: str) -> No
                 "temperature 1; cache them with --targets top_k --temperature 1, or hidden states"
             )
         return
-    name = "temperature" if objective.teacher_temperature is None else "teacher_temperature"
-    asked = getattr(objective, name)
+    name, asked = _teacher_temperature(recipe)
     if asked != made:
         raise InputError(
             f"{field}: the cache holds {manifest.described} at temperature {made:g}, and here is objective.{name}="

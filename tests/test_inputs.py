@@ -114,3 +114,32 @@ def test_resuming_another_recipe_is_refused_with_the_first_difference(recipe_fil
     assert refusal(recipe_file, "resume=true", *overrides) == (
         f"resume: {started} was started with {then!r}, not {now!r}; resume with: abkd train {started} resume=true"
     )
+
+
+SERVED = "teacher={kind: served, url: 'http://127.0.0.1:1', model: big, tail: lump}"
+CALIBRATED = ["objective.divergence=null", "objective.calibration={kind: dkd}"]
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["objective.temperature=2"], "at temperature 1, and here is objective.temperature=2; set objective.teacher_t"),
+        (["objective.teacher_temperature=3"], "and here is objective.teacher_temperature=3"),
+        (CALIBRATED, "objective.calibration.kind=dkd compares whole rows of logits, and teacher.kind=served"),
+    ],
+)
+def test_what_a_servers_rows_cannot_do_is_refused_unasked(recipe_file, teacher_folder, overrides, said):
+    own = [SERVED, "student.kind=pretrained", f"student.path={teacher_folder}"]
+    assert said in refusal(recipe_file, *own, *overrides)
+    assert check_inputs(read_recipe(str(recipe_file), [*own, "objective.teacher_temperature=1"]))
+    one = "{kind: served, url: 'http://127.0.0.1:1', model: big, tail: uniform}"
+    assert check_inputs(
+        read_recipe(str(recipe_file), [*own, *overrides, f"teacher={{kind: mixture, teachers: [{one}, {one}]}}"])
+    )
+
+
+def test_a_cache_that_is_given_as_a_model_is_told_from_one(recipe_file, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert refusal(recipe_file, f"teacher.path={tmp_path}") == (
+        f"teacher.path: {str(tmp_path)!r} is a cache and not a model; set teacher.kind=cached"
+    )
