@@ -9,4 +9,4 @@ class InputError(ValueError):
 
 
 class ServerLost(InputError):
-    """A teacher's server does not answer: what was trained is kept, and resume=true goes on."""
+    """A teacher's server does not answer. Who has kept what was done until then adds how to go on."""

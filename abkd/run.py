@@ -40,7 +40,11 @@ def train(recipe: Recipe, inputs: Any, say: Say) -> dict[str, Any] | None:
     say(describe(recipe.training))
     task = task_of(recipe)
     setup = on_all(lambda: task.prepare(recipe, inputs, say, to_train=True))
-    return distil(recipe, setup, on_all(lambda: task.make_student(recipe, setup, say)), say)
+    student = on_all(lambda: task.make_student(recipe, setup, say))
+    try:
+        return distil(recipe, setup, student, say)
+    except ServerLost as error:
+        raise ServerLost(f"{error}, then go on with: {RunDir(Path(recipe.run_dir)).how_to_go_on}") from error
 
 
 def distil(
@@ -130,11 +134,11 @@ def _train_from_last_checkpoint(trainer: AbstractDistillationTrainer, run_dir: R
         say(f"going on from {whole[-1]}")
     try:
         trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-    except ServerLost as error:
+    except ServerLost:
         step = trainer.state.global_step
-        if num_ranks() == 1 and step and not run_dir.checkpoint(step).exists():
+        if num_ranks() == 1 and step and not run_dir.checkpoint(step).exists():  # of several the others are in the step
             trainer.keep_step()
-        raise ServerLost(f"{error}; go on with: {run_dir.how_to_go_on}") from error
+        raise
 
 
 def _save_student(task: ModuleType, student: nn.Module, trainer: AbstractDistillationTrainer, run_dir: RunDir) -> None:

@@ -105,7 +105,7 @@ class Connection:
             if left_s <= 0 or asked_s > left_s or self._is_over.wait(pause_s):
                 raise ServerLost(
                     f"teacher.url: the server at {self.url} does not answer ({trouble}), tried {num_tries} times in "
-                    f"{elapsed_s:.0f} s; what was trained is kept: start the server again, and go on with resume=true"
+                    f"{elapsed_s:.0f} s; {'start it again' if self._has_answered else 'start it, or correct the url'}"
                 )
             longest_s = min(2 * longest_s, _LONGEST_PAUSE_S)
 

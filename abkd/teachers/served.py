@@ -238,7 +238,10 @@ class ServedTeacher(Teacher):
 
 
 def _checked(entries: Sequence[Entry], k: int, vocab: int) -> Row:
-    """The row that a server wrote, without classes of probability 0. Raises Malformed where it is none."""
+    """The row that a server wrote, the likeliest class first, without those of probability 0.
+
+    Raises Malformed where it is none.
+    """
     if len(entries) < min(k, vocab):
         raise Malformed(f"{len(entries)} classes, and teacher.k={k}", "lower teacher.k, or let the server give more")
     row: Row = {}
@@ -252,7 +255,8 @@ def _checked(entries: Sequence[Entry], k: int, vocab: int) -> Row:
         row[entry.id] = float(entry.log_prob) if entry.log_prob > _NO_LOG_PROB else -math.inf
     if not 0 < _mass(row) < 1 + _MASS_TOLERANCE:
         raise Malformed(f"its classes have a mass of {_mass(row):.4g}", _NO_LOGITS)
-    return {index: log_prob for index, log_prob in row.items() if log_prob > -math.inf}
+    falling = sorted(row.items(), key=lambda item: item[1], reverse=True)
+    return {index: log_prob for index, log_prob in falling if log_prob > -math.inf}
 
 
 def _mass(row: Row) -> float:

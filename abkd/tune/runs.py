@@ -14,7 +14,7 @@ from torch import nn
 
 from abkd.config import ImageRecipe, Recipe
 from abkd.engine import check_engine, describe
-from abkd.errors import InputError
+from abkd.errors import InputError, ServerLost
 from abkd.run import BEFORE, distil
 from abkd.rundir import ENVIRONMENT, RECIPE, RunDir
 from abkd.tasks import task_of
@@ -76,6 +76,8 @@ class Runs:
         known = self.folder.read_json(before)
         try:
             results = distil(recipe, setup, copy.deepcopy(start), self._say_once, known)
+        except ServerLost as error:
+            raise ServerLost(f"{error}, then go on with the same command") from error
         except InputError as error:
             if not str(error).startswith(_LOST):
                 raise

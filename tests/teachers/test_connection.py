@@ -57,7 +57,7 @@ def test_retry_after_is_waited_for(server):
 
 def test_retry_after_beyond_patience_ends_it(server):
     server.troubles.append((429, {"Retry-After": "600"}, '{"message": "come back tomorrow"}'))
-    with pytest.raises(ServerLost, match=r"\(429: come back tomorrow\), tried 1 times in 0 s; .* resume=true$"):
+    with pytest.raises(ServerLost, match=r"\(429: come back tomorrow\), tried 1 times in 0 s; start it again$"):
         connect(server.url).ask("/v1/completions", BODY)
 
 
@@ -75,7 +75,7 @@ def test_a_server_that_never_answered_is_given_less_time(monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and nobody listens
         monkeypatch.setattr(connection, "_FIRST_PATIENCE_S", 0.1)
-        with pytest.raises(ServerLost, match="Connection refused"):
+        with pytest.raises(ServerLost, match=r"Connection refused.*; start it, or correct the url$"):
             connect(f"http://127.0.0.1:{closed.getsockname()[1]}", patience_s=3600).ask("/v1/models")
 
 
