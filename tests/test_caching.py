@@ -289,7 +289,7 @@ def trained_teacher(world, tokenizer, tmp_path):
         (["--shard-tokens=1000"], ["--shard-tokens='12 shards', not '1 shards'"]),
         (["data.max_train_rows=3"], ["data.max_train_rows=0, not 3"]),
         (["data.prompt_format=plain"], ["data.prompt_format='chat', not 'plain'"]),
-        (["teacher.dtype=bfloat16"], ["teacher=", "'dtype': 'float32'", "not [", "'dtype': 'bfloat16'"]),
+        (["teacher.dtype=bfloat16"], ["teacher.0.dtype='float32', not 'bfloat16'"]),
     ],
 )
 def test_other_options_cannot_go_on_with_a_cache(world, options, said, capsys):
@@ -304,7 +304,7 @@ def test_a_teacher_that_was_trained_cannot_go_on_with_a_cache(world, trained_tea
     world.whole("whole-top_k")
     capsys.readouterr()
     assert world.cache("whole-top_k", f"teacher.path={trained_teacher}") == cli.USERS_MISTAKE
-    one_line(capsys, "was started with teacher=[{'weights': '", "not [{'weights': '")
+    one_line(capsys, "was started with teacher.0.weights='", ", not '")
 
 
 def test_the_same_weights_under_another_config_cannot_go_on_with_a_cache(world, tmp_path, capsys):
@@ -314,7 +314,7 @@ def test_the_same_weights_under_another_config_cannot_go_on_with_a_cache(world, 
     world.whole("whole-top_k")
     capsys.readouterr()
     assert world.cache("whole-top_k", f"teacher.path={tmp_path / 'teacher'}") == cli.USERS_MISTAKE
-    one_line(capsys, "was started with teacher=[{'weights': '", "'config': '")
+    one_line(capsys, "was started with teacher.0.config='", ", not '")
 
 
 def test_the_same_teacher_and_the_same_data_at_another_path_go_on(world, tmp_path, capsys):

@@ -27,7 +27,8 @@ class CacheOptions:
     dtype: str | None = None
     """Of hidden states and logits; None is the teacher's own."""
     shard_tokens: int = 65_536
-    batch_size: int = 8
+    batch_size: int | None = None
+    """Examples that the teacher reads at once; None is 8, or of images evaluation.batch_size."""
     seed: int | None = None
     """Of the draws of a sample; None is 0."""
 
@@ -66,7 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="of top_k and sampled; default: the objective's")
     parser.add_argument("--dtype", choices=DTYPES, help="of hidden and logits; default: the teacher's")
     parser.add_argument("--shard-tokens", type=int, default=65_536, help="of a shard, the most that a kill can lose")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples that the teacher reads at once")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="examples that the teacher reads at once; default: 8, of images as for evaluation",
+    )
     parser.add_argument("--seed", type=int, help="of the draws of sampled; default: 0")
 
 
@@ -90,15 +95,15 @@ def options_of(given: argparse.Namespace) -> CacheOptions:
     if given.temperature is not None and not 0 < given.temperature < float("inf"):
         raise InputError(f"--temperature={given.temperature:g}: must be above 0")
     return CacheOptions(
-        given.targets,
-        given.k,
-        given.exact,
-        given.top_p,
-        given.bytes_per_token,
-        given.value_bits,
-        given.temperature,
-        given.dtype,
-        given.shard_tokens,
-        given.batch_size,
-        given.seed,
+        kind=given.targets,
+        k=given.k,
+        num_exact=given.exact,
+        top_p=given.top_p,
+        bytes_per_token=given.bytes_per_token,
+        value_bits=given.value_bits,
+        temperature=given.temperature,
+        dtype=given.dtype,
+        shard_tokens=given.shard_tokens,
+        batch_size=given.batch_size,
+        seed=given.seed,
     )

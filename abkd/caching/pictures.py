@@ -22,7 +22,9 @@ from abkd.teachers.cache.manifest import Manifest, digest_of
 from abkd.teachers.cached_classifier import plain_image, plain_keys
 
 
-def cache_pictures(recipe: config.ImageRecipe, inputs: ImageInputs, options: CacheOptions, folder: Path, say: Say):
+def cache_pictures(
+    recipe: config.ImageRecipe, inputs: ImageInputs, options: CacheOptions, folder: Path, say: Say
+) -> None:
     """Logits of the training images as each epoch crops them, and of the test and validation images as they are.
 
     Args:
@@ -38,7 +40,8 @@ class _Writer:
     def __init__(self, recipe: config.ImageRecipe, inputs: ImageInputs, setup: ImageSetup, options: CacheOptions):
         assert setup.teacher is not None and setup.teacher.model is not None
         device = torch.device(device_type(recipe.training))
-        self.model, self.batch_size = setup.teacher.model.to(device), recipe.evaluation.batch_size
+        self.model = setup.teacher.model.to(device)
+        self.batch_size = options.batch_size or recipe.evaluation.batch_size
         self.train, self.plain = setup.train.to(device), [setup.test.to(device)]
         self.plain += [] if setup.validation is None else [setup.validation.to(device)]
         self.augmentation = Augmentation(**recipe.data.augmentation.model_dump())

@@ -14,7 +14,7 @@ from abkd.caching.options import CacheOptions
 from abkd.caching.writing import Shard, put_beside, write_cache
 from abkd.data.batches import Collator, num_tokens
 from abkd.data.instructions import Example
-from abkd.errors import InputError
+from abkd.errors import InputError, ServerLost
 from abkd.fit import device_of
 from abkd.head import LMHead
 from abkd.inputs import Inputs
@@ -26,9 +26,10 @@ from abkd.teachers.cache.encoding import MOST_CLASSES, DenseEncoding, KeptEncodi
 from abkd.teachers.cache.identity import config_digest, weights_digest
 from abkd.teachers.cache.manifest import TOKENIZER, Manifest, digest_of, example_key
 from abkd.teachers.cached import HEAD, head_digest, write_head
+from abkd.teachers.in_process import InProcessTeacher
 from abkd.teachers.teacher import Teacher
 
-DEFAULT_K, VALUE_BITS = 50, 12
+DEFAULT_K, VALUE_BITS, BATCH_SIZE = 50, 12, 8
 
 
 def cache_texts(recipe: config.LanguageRecipe, inputs: Inputs, options: CacheOptions, folder: Path, say: Say) -> None:
@@ -42,12 +43,19 @@ def cache_texts(recipe: config.LanguageRecipe, inputs: Inputs, options: CacheOpt
     setup = prepare(recipe, inputs._replace(sets={}), say)
     assert setup.teacher is not None
     place(setup.teacher, recipe)
+    for part in setup.teacher.parts:
+        if isinstance(part, InProcessTeacher):
+            part.remember = False  # every example comes by once
     examples = {example_key(each.prompt_ids, each.completion_ids): each for each in [*setup.train, *setup.validation]}
     writer = _Writer(recipe, setup, options, examples)
-    write_cache(folder, writer.manifest, writer.num_bytes, writer.write_beside, writer.make_shard, say)
+    try:
+        write_cache(folder, writer.manifest, writer.num_bytes, writer.write_beside, writer.make_shard, say)
+    except ServerLost as error:
+        raise ServerLost(f"{error}, then go on with the same command; whole shards are kept") from error
 
 
 def place(teacher: Teacher, recipe: config.LanguageRecipe) -> None:
+    """Each model of `teacher` where the recipe trains; a quantised one is there already."""
     for section, part in zip(recipe.teachers, teacher.parts, strict=True):
         if part.model is not None and getattr(section, "quantization", "none") == "none":
             part.model.to(device_of(recipe))
@@ -100,8 +108,9 @@ class _Writer:
         """Examples of like length are read together."""
         part = sorted(self.parts[number], key=lambda item: num_tokens(item[1]))
         keys, encoded = [key for key, _ in part], []
-        for start in range(0, len(part), self.options.batch_size):
-            batch = part[start : start + self.options.batch_size]
+        size = self.options.batch_size or BATCH_SIZE
+        for start in range(0, len(part), size):
+            batch = part[start : start + size]
             targets = self._targets([example for _, example in batch])
             first = 0
             for key, example in batch:
@@ -226,8 +235,8 @@ def _identified(recipe: config.LanguageRecipe, teacher: Teacher) -> dict[str, An
     for section, part in zip(recipe.teachers, teacher.parts, strict=True):
         said = section.model_dump(exclude={"num_connections", "timeout_s", "patience_s"})
         if isinstance(section, config.InProcess) and part.model is not None:
-            said = {"weights": weights_digest(part.model), "config": config_digest(part.model.config)}
-            said |= {"dtype": section.dtype, "quantization": section.quantization}
+            said = {"dtype": section.dtype, "quantization": section.quantization}
+            said |= {"config": config_digest(part.model.config), "weights": weights_digest(part.model)}
         identities.append(said)
     revisions = [getattr(getattr(part.model, "config", None), "_commit_hash", None) for part in teacher.parts]
     weights = list(getattr(recipe.teacher, "weights", ()))

@@ -96,7 +96,7 @@ def test_what_was_altered_is_named(tmp_path):
         ({"targets": make_manifest().targets | {"temperature": 2.0}}, "targets.temperature", "1.0", "2.0"),
         ({"targets": {"kind": "logits", "width": 3}}, "targets.kind", "'top_k'", "'logits'"),
         ({"vocab": 288}, "vocab", "290", "288"),
-        ({"teacher": make_manifest().teacher | {"identity": [{"weights": "ff"}]}}, "teacher", "'0a'", "'ff'"),
+        ({"teacher": make_manifest().teacher | {"identity": [{"weights": "ff"}]}}, "teacher.0.weights", "'0a'", "'ff'"),
         ({"tokenizer": {"vocabulary": "1b", "chat_template": "ee"}}, "tokenizer.chat_template", "'2c'", "'ee'"),
         (
             {"data": {"data.prompt_format": "alpaca", "data.train": "b.jsonl", "digest": "4e"}},
@@ -249,3 +249,5 @@ def test_digests_and_keys_do_not_change_with_the_process_or_the_order():
 def test_the_first_difference_is_the_innermost():
     assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ("a.c", 2, 3)
     assert first_difference({"a": 1}, {"a": 1, "b": 2}) == ("b", None, 2)
+    assert first_difference({"a": [{"b": 1}, 2]}, {"a": [{"b": 1}, 3]}) == ("a.1", 2, 3)
+    assert first_difference({"a": [1]}, {"a": [1, 2]}) == ("a", [1], [1, 2])

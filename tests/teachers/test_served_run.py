@@ -49,7 +49,8 @@ def test_a_run_whose_server_dies_keeps_its_steps_and_goes_on(
     drop_at(server, monkeypatch, step=3)
     assert cli.main(["train", str(recipe_file), f"run_dir={broken}", *section]) == cli.USERS_MISTAKE
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "does not answer" in said and said.endswith(f"go on with: abkd train {broken}/recipe.yaml resume=true")
+    assert "does not answer" in said
+    assert said.endswith(f"; start it again, then go on with: abkd train {broken}/recipe.yaml resume=true")
     assert [folder.name for folder in (broken / "checkpoints").iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
     server.troubles.clear()
@@ -81,7 +82,7 @@ def drop_at(server, monkeypatch, step):
     [
         ({"model": "large"}, "serves tiny, not large; set teacher.model to one of them"),
         ({"k": 291}, "teacher.k must lie between 1 and the teacher's 290 classes, got 291"),
-        ({"url": "http://127.0.0.1:9"}, "does not answer"),
+        ({"url": "http://127.0.0.1:9"}, "; start it, or correct the url"),
     ],
 )
 def test_what_a_server_cannot_do_is_one_line_before_the_training(
@@ -110,3 +111,16 @@ def test_a_mixture_of_the_same_teacher_here_and_there_is_that_teacher(recipe_fil
     mixture = [*section, "teacher.weights=[1, 3]", f"student.path={teacher_folder}"]
     assert cli.main(["train", str(recipe_file), f"run_dir={mixed}", *mixture]) == cli.DONE
     assert losses(mixed) == pytest.approx(losses(near), rel=1e-4)
+
+
+def test_a_cache_whose_server_dies_keeps_its_shards_and_goes_on(recipe_file, server, teacher_folder, tmp_path, capsys):
+    section = served(server, teacher_folder, k=20, num_connections=1)
+    command = ["cache", str(recipe_file), "--output", str(tmp_path / "cache"), "--shard-tokens=1", "--batch-size=1"]
+    server.troubles.extend([0.0] * 8 + ["drop"] * 1000)
+    assert cli.main([*command, *section]) == cli.USERS_MISTAKE
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith("; start it again, then go on with the same command; whole shards are kept")
+    assert len(list((tmp_path / "cache").glob("shard-*.safetensors"))) > 0
+    server.troubles.clear()
+    assert cli.main([*command, *section]) == cli.DONE
+    assert "going on: " in capsys.readouterr().out

@@ -172,8 +172,8 @@ class Manifest:
         field, here, there = first_difference(self.identity, other.identity)
         if field == "data.digest":  # say what made them other examples
             field, here, there = first_difference(self.data, other.data)
-        if field == "shards":
-            field, here, there = "--shard-tokens", f"{len(here)} shards", f"{len(there)} shards"
+        if field.startswith("shards"):
+            field, here, there = "--shard-tokens", *(f"{len(each.shards)} shards" for each in (self, other))
         raise InputError(
             f"--output: the cache in {str(folder)!r} was started with {field}={there!r}, not {here!r}; go on with the "
             "same command, or give another folder"
@@ -200,6 +200,8 @@ def shard_file(folder: Path, number: int) -> Path:
 
 def first_difference(here: Any, there: Any, path: str = "") -> tuple[str, Any, Any]:
     """(field, value here, value there) of the first field, as `data.train`, that differs."""
+    if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        here, there = (dict(enumerate(each)) for each in (here, there))
     if isinstance(here, dict) and isinstance(there, dict):
         for key in dict.fromkeys([*here, *there]):
             if here.get(key) != there.get(key):
