@@ -18,7 +18,7 @@ def look(recipe: config.Recipe, inputs: Any, say: Say, num_examples: int) -> tup
     """Runs both models on `num_examples` training examples, validation ones where those are fewer.
 
     Raises:
-        InputError: the recipe has no teacher.
+        InputError: the recipe has no teacher, or of images none that is loaded.
     """
     if recipe.teacher is None:
         raise InputError("teacher: there is none to compare with; set one in the recipe")
@@ -45,6 +45,7 @@ def _look_at_texts(
 
 @torch.no_grad()
 def _look_at_images(recipe: config.ImageRecipe, inputs: Any, say: Say, num_examples: int, meter: OverviewMeter) -> None:
+    images.check_teacher_loads(recipe)
     some = inputs.train.at(slice(num_examples))
     setup = images.prepare(recipe, inputs._replace(train=some, is_labelled=inputs.is_labelled[:num_examples]), say)
     size = recipe.evaluation.batch_size

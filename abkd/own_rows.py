@@ -24,11 +24,12 @@ def rows_of_recipe(recipe: config.Recipe, inputs: Any, say: Say, num_rows: int =
     """The first `num_rows` training examples: of a text the first token of its completion, of an image its class.
 
     Raises:
-        InputError: the recipe has no teacher.
+        InputError: the recipe has no teacher, or of images none that is loaded.
     """
     if recipe.teacher is None:
         raise InputError("teacher: there is none to show; set one in the recipe")
     if isinstance(recipe, config.ImageRecipe):
+        images.check_teacher_loads(recipe)
         some = inputs._replace(train=inputs.train.at(slice(num_rows)), is_labelled=inputs.is_labelled[:num_rows])
         setup = images.prepare(recipe, some, say)
         models = images.make_student(recipe, setup, say).eval(), images.loaded_teacher(setup)

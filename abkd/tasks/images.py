@@ -135,10 +135,18 @@ def teacher_model(setup: ImageSetup) -> nn.Module | None:
     return None if setup.teacher is None else setup.teacher.model
 
 
+def check_teacher_loads(recipe: config.ImageRecipe) -> None:
+    """Raises InputError where the teacher will not be a model in this process."""
+    if isinstance(recipe.teacher, CachedClassifier):
+        raise InputError(
+            "teacher.kind=cached: this needs the teacher's network, which a cache has not; give the teacher itself"
+        )
+
+
 def loaded_teacher(setup: ImageSetup) -> nn.Module:
-    """Raises InputError where the teacher is not a model in this process."""
-    if (model := teacher_model(setup)) is None:
-        raise InputError("teacher: this needs the teacher's network, which a cache has not; give the teacher itself")
+    """Of a recipe that `check_teacher_loads` lets pass."""
+    model = teacher_model(setup)
+    assert model is not None
     return model
 
 

@@ -90,7 +90,7 @@ class CachedTeacher(Teacher):
     @torch.no_grad()
     def targets(self, *, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, example_ids: Tensor) -> Targets:
         device = input_ids.device
-        parts = [self.store.example(self._where[example]) for example in example_ids.tolist()]
+        parts = [self.store.example(self._place_of(example)) for example in example_ids.tolist()]
         counted = self._of_completions(parts, attention_mask, mask)
         if self.encoding is None:
             rows = torch.cat([part["rows"] for part in parts])[counted].to(device)
@@ -101,6 +101,11 @@ class CachedTeacher(Teacher):
         temperature = self.store.manifest.targets["temperature"]
         kept = TopKTargets.cat([self.encoding.decode(part, self.tail, temperature) for part in parts])
         return kept.at(counted).narrowed(self._vocab).to(device)
+
+    def _place_of(self, example_id: int) -> int:
+        if example_id not in self._where:
+            raise InputError(f"{self.field}: example {example_id} was not among those that expect() was given; add it")
+        return self._where[example_id]
 
     def _of_completions(self, parts: Sequence[Mapping[str, Tensor]], attention_mask: Tensor, mask: Tensor) -> Tensor:
         """bool, of the rows of all parts, end to end: which of them `mask` counts.

@@ -87,6 +87,13 @@ def targets_of(teacher, ids, examples=EXAMPLES):
 ORDER = [60, 0, 30, 30, 10]
 
 
+def test_an_example_that_nobody_spoke_of_is_one_line(tmp_path):
+    manifest, _ = write(tmp_path, "logits")
+    batch = batch_of(ORDER)
+    with pytest.raises(InputError, match=r"example 60 was not among those that expect\(\) was given"):
+        CachedTeacher(Store(tmp_path, manifest, "teacher.path")).targets(**batch)
+
+
 @pytest.mark.parametrize("kind, tail", [("logits", None), ("hidden", None), ("top_k", "uniform"), ("sampled", None)])
 def test_a_mask_may_count_a_part_of_the_completions(tmp_path, kind, tail):
     manifest, _ = write(tmp_path, kind)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from abkd import cli
+from abkd.caching import pictures
 from abkd.teachers.cached_classifier import plain_image, plain_keys
 
 
@@ -130,3 +131,18 @@ def test_keys_of_plain_images_are_their_own(part):
     assert not set(plain_keys("test", torch.arange(9)).tolist()) & set(
         plain_keys("validation", torch.arange(9)).tolist()
     )
+
+
+@pytest.mark.parametrize("command", ["advise", "explore"])
+def test_what_looks_at_the_teacher_needs_it_itself(recipe_file, cache, capsys, command):
+    assert cli.main([command, str(recipe_file), *cached(cache), *objective("alpha_beta")]) == cli.USERS_MISTAKE
+    assert "teacher.kind=cached: this needs the teacher's network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given, largest", [([], 18), (["--batch-size", "5"], 5)])
+def test_a_batch_is_as_large_as_asked_for(recipe_file, tmp_path, monkeypatch, given, largest):
+    sizes, images = [], pictures._Writer._images
+    monkeypatch.setattr(pictures._Writer, "_images", lambda self, keys: sizes.append(len(keys)) or images(self, keys))
+    arguments = [str(recipe_file), "--targets", "logits", "--output", str(tmp_path / "c"), "training.num_epochs=1"]
+    assert cli.main(["cache", *arguments, *given, *teacher_of(recipe_file), *objective("alpha_beta")]) == cli.DONE
+    assert max(sizes) == largest and sum(sizes) == 18 + 6 + 9
