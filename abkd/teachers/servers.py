@@ -75,7 +75,8 @@ class Dialect(abc.ABC):
     def models(self) -> list[str]:
         """Names that the server answers to."""
         cards = read_list(self.connection.ask("/v1/models"), "data")
-        return [str(name) for card in cards for name in [read(card, "id"), *(card.get("aliases") or [])]]
+        names = [str(name) for card in cards for name in [read(card, "id"), *(card.get("aliases") or [])]]
+        return list(dict.fromkeys(names))  # llama.cpp gives the id as an alias too
 
     def tokenize(self, text: str) -> list[int] | None:
         """Ids of `text`, special tokens read and none added; None where the server does not do that."""
