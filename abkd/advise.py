@@ -38,6 +38,11 @@ def _look_at_texts(
     setup = language.prepare(recipe, inputs._replace(train=inputs.train[:num_examples], sets={}), say)
     student = language.make_student(recipe, setup, say)
     assert setup.teacher is not None
+    if known_by := setup.teacher.approximation:
+        say(
+            f"teacher: its rows are not whole ({known_by}), and the rest is taken as spread evenly: do not trust what "
+            "is said of small alpha and of the tail; cache hidden states for that"
+        )
     examples = setup.train or setup.validation
     batches = batches_by_length(examples, Collator.of(setup.tokenizer), recipe.evaluation.batch_size)
     fidelity(student, setup.teacher.targets, batches, {}, per_token=meter)

@@ -6,6 +6,7 @@ from huggingface_hub import ModelCardData
 
 from abkd.analysis.report.words import model_words
 from abkd.config import ImageRecipe, LanguageRecipe, Recipe
+from abkd.errors import InputError
 from abkd.models.pretrained import find_model
 from abkd.paths import find_path
 from abkd.rundir import environment
@@ -144,14 +145,14 @@ def _teachers(recipe: LanguageRecipe) -> str:
 
 
 def _teacher(section: Any) -> str:
-    """Its name; of a cache that of the teacher who wrote it."""
-    if section.kind == "cached":
-        return f"targets that `{model_words(_written_by(section))}` wrote"
-    return f"`{getattr(section, 'model', '') or section.path or section.name}`"
-
-
-def _written_by(section: Any) -> dict[str, Any]:
-    return Manifest.read(find_path(section.path, "teacher.path"), "teacher.path").teacher["section"]
+    """Its name; of a cache that of the teacher who wrote it, while it is there."""
+    if section.kind != "cached":
+        return f"`{getattr(section, 'model', '') or section.path or section.name}`"
+    try:
+        manifest = Manifest.read(find_path(section.path, "teacher.path"), "teacher.path")
+    except InputError:
+        return f"the cache `{section.path}`"
+    return f"targets that `{model_words(manifest.teacher['section'])}` wrote"
 
 
 def _table(results: dict[str, Any], named: dict[str, str]) -> str:

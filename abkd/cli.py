@@ -351,9 +351,9 @@ def _cache(options: argparse.Namespace) -> int:
         cache_options.refuse_any(options, f"cache {options.recipe}")
         return _look_at_cache(options.recipe, options.overrides)
     wanted = cache_options.options_of(options)
+    recipe = read_recipe(options.recipe, options.overrides).model_copy(update={"run_dir": "-", "resume": False})
     if not options.output:
         raise InputError("--output: missing; give the folder of the cache")
-    recipe = read_recipe(options.recipe, options.overrides).model_copy(update={"run_dir": "-", "resume": False})
     if recipe.teacher is None:
         raise InputError("teacher: there is none to be cached; set one in the recipe")
     from abkd.caching.check import check

@@ -4,7 +4,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from abkd.config import Cached, ImageRecipe, InProcess, LanguageRecipe, Mixture, Pretrained, Recipe, Served
+import yaml
+
+from abkd.config import HOW_ASKED, Cached, ImageRecipe, InProcess, LanguageRecipe, Mixture, Pretrained, Recipe, Served
 from abkd.data.instructions import Instruction, hold_out, read_instructions
 from abkd.errors import InputError
 from abkd.image_inputs import ImageInputs, check_image_inputs
@@ -199,13 +201,24 @@ def check_vllm(field: str) -> None:
         raise InputError(f"{field}: needs the package vllm; install it with pip install 'abkd[vllm]'")
 
 
+def _what_counts(text: str) -> str:
+    """A recipe without what may change before it is resumed: where a teacher's server is, and how it is asked."""
+    content = yaml.safe_load(text)
+    teacher = content["teacher"] or {}
+    for section in [teacher, *teacher.get("teachers", [])]:
+        if section.get("kind") == "served":
+            for name in HOW_ASKED:
+                section.pop(name, None)
+    return yaml.safe_dump(content, sort_keys=False)
+
+
 def _check_resumable(recipe: Recipe, run_dir: RunDir) -> None:
     """The recipe must be that of the run, but for `resume` itself, and so must the number of processes."""
     file = run_dir.path / RECIPE
     if not file.exists():
         raise InputError(f"resume: {str(run_dir.path)!r} holds no run to go on with; start it without resume=true")
-    asked = recipe.model_copy(update={"resume": False}).to_yaml()
-    started = file.read_text(encoding="utf-8")
+    asked = _what_counts(recipe.model_copy(update={"resume": False}).to_yaml())
+    started = _what_counts(file.read_text(encoding="utf-8"))
     if asked != started:
         pairs = zip(asked.splitlines(), started.splitlines(), strict=False)
         now, then = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("another recipe", "its own"))

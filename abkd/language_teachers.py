@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from abkd import config
 from abkd.data.instructions import Example
 from abkd.divergences import Divergence
-from abkd.divergences.top_k import is_reduced
+from abkd.divergences.top_k import degree
 from abkd.errors import InputError
 from abkd.models.adapters import merge_adapter
 from abkd.models.pretrained import load_model, load_tokenizer, load_tokenizer_folder
@@ -120,7 +120,11 @@ def _open_cache(section: config.Cached, recipe, examples, say, field: str) -> Ca
     if manifest.targets["kind"] == "sampled" and recipe.objective.kd_weight > 0:
         divergence = make_objective(recipe.objective).at(1.0).divergence
         assert isinstance(divergence, Divergence)
-        is_reduced(divergence, "sampled")  # refuses what is no sum
+        if degree(divergence) is None:
+            raise InputError(
+                f"objective.divergence.kind={divergence.kind} is no sum over classes, which a sample as in "
+                f"{str(folder)!r} cannot serve; cache with --targets hidden or top_k"
+            )
     teacher.expect(examples, texts_of(recipe))
     say(f"teacher: {manifest.described}, of {manifest.num_tokens:,} tokens, in {folder}")
     return teacher

@@ -38,7 +38,8 @@ def measure(
         keep: a folder for the answers to the evaluation sets; those that are there are not made again.
 
     Returns:
-        The keys of `fidelity`, `num_parameters`, with a teacher `rank_mass`, with answers `rouge_l` and `answers`, with
+        The keys of `fidelity`, `num_parameters`, with a teacher `rank_mass`, or `teacher_known_by` where its rows are
+        not whole and a rank says nothing, with answers `rouge_l` and `answers`, with
         sets `sets`: name -> `evaluate_set`, and `sets_mean`, the mean of the sets' means.
     """
     meter = RankMassMeter()
@@ -47,9 +48,11 @@ def measure(
     total = num_batches(setup.validation, size)
     bar = tqdm(batches, total=total, desc="measuring", unit="batch", leave=False, disable=not ranks.is_first())
     teacher_targets = None if setup.teacher is None else setup.teacher.targets
+    known_by = setup.teacher.approximation if setup.teacher else ""
     result: dict[str, Any] = {
         **fidelity(model, teacher_targets, bar, VALIDATION_DIVERGENCES, per_token=meter),
-        **({"rank_mass": meter.result()._asdict()} if setup.teacher else {}),
+        **({"rank_mass": meter.result()._asdict()} if setup.teacher and not known_by else {}),
+        **({"teacher_known_by": known_by} if known_by else {}),
         "num_parameters": unwrapped(model).num_parameters(),
     }
     asked = setup.validation[: recipe.evaluation.num_generated]

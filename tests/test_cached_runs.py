@@ -320,7 +320,7 @@ def test_a_divergence_that_is_no_sum_is_refused_for_a_sample_before_it_starts(wo
     teacher = cached(world.cache("sampled", "--k=20", "--targets=sampled"))
     capsys.readouterr()
     assert world.train(tmp_path / "run", teacher, "objective.divergence={kind: akl}") == cli.USERS_MISTAKE
-    one_line(capsys, "tail=sampled weighs classes, and akl is no sum over classes")
+    one_line(capsys, "objective.divergence.kind=akl is no sum over classes, which a sample")
     assert not (tmp_path / "run").exists()
     ramp = "objective.divergence={kind: alpha_beta, alpha: {from: 0.8, to: 0.2}}"
     assert world.train(tmp_path / "run", teacher, ramp) == cli.DONE

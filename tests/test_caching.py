@@ -75,7 +75,7 @@ def _slowly(world, name, log, kind, stop_at=0, *, start=None, stop=signal.SIGKIL
 
     def saved(tensors, file, metadata):
         save(tensors, file, metadata)
-        if len(numbers) + 1 == stop_at:
+        if len(numbers) + 1 == stop_at and "shard-" in file.name:
             os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), stop)
 
@@ -182,7 +182,8 @@ def test_the_size_is_said_before_and_not_exceeded(world, kind, capsys):
     )
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache: ")]
     each = int(said.partition("at most ")[2].partition(" bytes each")[0].replace(",", ""))
-    found = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    found = sum(file.stat().st_size for file in folder.glob("shard-*.safetensors"))
+    assert ("MiB for the output head" in said) == (kind == "hidden")
     manifest = Manifest.read(folder, "cache")
     assert manifest.num_tokens == 180 and found <= (each + 1) * 180
     assert found > each * 180 - 2048 * (len(manifest.shards) + 2) - 64 * manifest.num_examples
@@ -475,3 +476,24 @@ def test_what_only_the_vocabulary_refuses_is_one_line(world, options, said, caps
     assert world.cache("never", *options) == cli.USERS_MISTAKE
     one_line(capsys, said)
     assert not (world.folder / "never").exists()
+
+
+def test_files_are_readable_for_whom_the_umask_lets_read(world):
+    before = os.umask(0o027)
+    try:
+        folder = world.whole("modes", kind="hidden")
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in folder.glob("*.safetensors")} == {
+        file.name: "0o640" for file in folder.glob("*.safetensors")
+    }
+
+
+def test_wide_rows_make_smaller_shards(monkeypatch):
+    from abkd.caching.texts import SHARD_BYTES, SHARD_TOKENS, _shard_tokens
+    from abkd.teachers.cache.encoding import DenseEncoding, KeptEncoding
+
+    assert _shard_tokens(KeptEncoding(49_152)) == SHARD_TOKENS
+    assert _shard_tokens(DenseEncoding(576, torch.float16)) == SHARD_TOKENS
+    wide = _shard_tokens(DenseEncoding(49_152, torch.float32))
+    assert wide * 49_152 * 4 <= SHARD_BYTES < (wide + 1) * 49_152 * 4

@@ -49,6 +49,8 @@ def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
     of_images = any("top1" in row for row in rows.values())
     columns, title = (IMAGE_COLUMNS, IMAGE_TITLE) if of_images else (COLUMNS, TITLE)
     shown = [key for key in columns if any(key in row for row in rows.values())]
+    for known_by in dict.fromkeys(row["teacher_known_by"] for row in rows.values() if "teacher_known_by" in row):
+        title += f"\nThe teacher's rows are not whole ({known_by}): divergences from it are approximate."
     table = Table(title=title, title_justify="left")
     table.add_column("", overflow="fold", min_width=8)
     for key in shown:

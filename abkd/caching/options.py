@@ -26,7 +26,8 @@ class CacheOptions:
     """Of top-k targets and samples; None is that of the recipe's objective."""
     dtype: str | None = None
     """Of hidden states and logits; None is the teacher's own."""
-    shard_tokens: int = 65_536
+    shard_tokens: int | None = None
+    """None is 65,536, or of wide rows as many as take a GiB."""
     batch_size: int | None = None
     """Examples that the teacher reads at once; None is 8, or of images evaluation.batch_size."""
     seed: int | None = None
@@ -66,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--temperature", type=float, help="of top_k and sampled; default: the objective's")
     parser.add_argument("--dtype", choices=DTYPES, help="of hidden and logits; default: the teacher's")
-    parser.add_argument("--shard-tokens", type=int, default=65_536, help="of a shard, the most that a kill can lose")
+    parser.add_argument(
+        "--shard-tokens", type=int, help="of a shard, the most that a kill loses; default: 65,536, or a GiB"
+    )
     parser.add_argument(
         "--batch-size",
         type=int,

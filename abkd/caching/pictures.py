@@ -10,7 +10,7 @@ from torch import Tensor
 
 from abkd import config
 from abkd.caching.options import CacheOptions
-from abkd.caching.writing import Shard, write_cache
+from abkd.caching.writing import CacheWriter, Shard, write_cache
 from abkd.data.images import Augmentation
 from abkd.engine import device_type
 from abkd.image_inputs import ImageInputs, images_of
@@ -20,6 +20,8 @@ from abkd.teachers.cache.encoding import DenseEncoding
 from abkd.teachers.cache.identity import weights_digest
 from abkd.teachers.cache.manifest import Manifest, digest_of
 from abkd.teachers.cached_classifier import plain_image, plain_keys
+
+SHARD_IMAGES = 65_536
 
 
 def cache_pictures(
@@ -31,11 +33,11 @@ def cache_pictures(
         recipe, inputs, options: as `abkd.caching.check.check` passed them.
     """
     writer = _Writer(recipe, inputs, prepare(recipe, inputs, say), options)
-    write_cache(folder, writer.manifest, writer.num_bytes, lambda folder: None, writer.make_shard, say)
+    write_cache(folder, writer, say)
 
 
-class _Writer:
-    """What `write_cache` needs: the manifest, and the shards by number."""
+class _Writer(CacheWriter):
+    """Shards of consecutive keys."""
 
     def __init__(self, recipe: config.ImageRecipe, inputs: ImageInputs, setup: ImageSetup, options: CacheOptions):
         assert setup.teacher is not None and setup.teacher.model is not None
@@ -48,7 +50,7 @@ class _Writer:
         num_epochs = num_distinct_epochs(recipe, len(setup.train))
         keys = [plain_keys(images.part, torch.arange(len(images))) for images in self.plain]
         keys += [torch.arange(num_epochs * len(setup.train))]
-        self.parts = [part for each in keys for part in each.split(options.shard_tokens)]
+        self.parts = [part for each in keys for part in each.split(options.shard_tokens or SHARD_IMAGES)]
         dtype = getattr(torch, options.dtype or "float32")
         self.encoding = DenseEncoding(len(setup.train.classes), dtype)
         data = images_of(recipe, inputs) | {"num_epochs": num_epochs}

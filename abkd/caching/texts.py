@@ -11,7 +11,7 @@ from torch import Tensor
 
 from abkd import config
 from abkd.caching.options import CacheOptions
-from abkd.caching.writing import Shard, put_beside, write_cache
+from abkd.caching.writing import CacheWriter, Shard, put_beside, write_cache
 from abkd.data.batches import Collator, num_tokens
 from abkd.data.instructions import Example
 from abkd.errors import InputError, ServerLost
@@ -29,6 +29,7 @@ from abkd.teachers.cached import HEAD, head_digest, write_head
 from abkd.teachers.in_process import InProcessTeacher
 from abkd.teachers.teacher import Teacher
 
+SHARD_TOKENS, SHARD_BYTES = 65_536, 2**30
 DEFAULT_K, VALUE_BITS, BATCH_SIZE = 50, 12, 8
 
 
@@ -49,7 +50,7 @@ def cache_texts(recipe: config.LanguageRecipe, inputs: Inputs, options: CacheOpt
     examples = {example_key(each.prompt_ids, each.completion_ids): each for each in [*setup.train, *setup.validation]}
     writer = _Writer(recipe, setup, options, examples)
     try:
-        write_cache(folder, writer.manifest, writer.num_bytes, writer.write_beside, writer.make_shard, say)
+        write_cache(folder, writer, say)
     except ServerLost as error:
         raise ServerLost(f"{error}, then go on with the same command; whole shards are kept") from error
 
@@ -61,8 +62,8 @@ def place(teacher: Teacher, recipe: config.LanguageRecipe) -> None:
             part.model.to(device_of(recipe))
 
 
-class _Writer:
-    """What `write_cache` needs: the manifest, and the shards by number."""
+class _Writer(CacheWriter):
+    """Shards of consecutive examples."""
 
     def __init__(
         self, recipe: config.LanguageRecipe, setup: Setup, options: CacheOptions, examples: dict[int, Example]
@@ -70,9 +71,9 @@ class _Writer:
         assert setup.teacher is not None
         self.setup, self.options, self.teacher = setup, options, setup.teacher
         self.device = device_of(recipe)
-        self.parts = _partition(list(examples.items()), options.shard_tokens)
         first = self._targets([next(iter(examples.values()))])
-        self.targets, self.encoding = _described(first, recipe, options)
+        self.targets, self.encoding = _described(first, self.teacher.num_classes, recipe, options)
+        self.parts = _partition(list(examples.items()), options.shard_tokens or _shard_tokens(self.encoding))
         self.head: LMHead | None = None
         if options.kind == "hidden" and isinstance(first, HiddenTargets):
             self.head = first.head
@@ -90,14 +91,17 @@ class _Writer:
 
     @property
     def num_bytes(self) -> int:
-        """Of the shards and the head, at most."""
+        """Of the shards, at most."""
         tokens = self.manifest.num_tokens
         beside = 64 * self.manifest.num_examples + 2048 * len(self.parts)  # keys and starts; headers
-        if self.head is not None:
-            beside += 2048 + sum(tensor.nbytes for tensor in self.head.tensors)
         if isinstance(self.encoding, DenseEncoding):
             return self.encoding.most_bytes(tokens) + beside
         return self.encoding.most_bytes(tokens, self.targets["k"]) + beside
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the output head, if it is kept."""
+        return 0 if self.head is None else 2048 + sum(tensor.nbytes for tensor in self.head.tensors)
 
     def write_beside(self, folder: Path) -> None:
         put_beside(folder, TOKENIZER, self.setup.tokenizer.save_pretrained)
@@ -157,8 +161,15 @@ def _partition(items: list[tuple[int, Example]], shard_tokens: int) -> list[list
     return parts
 
 
+def _shard_tokens(encoding: KeptEncoding | DenseEncoding) -> int:
+    """As many as `SHARD_TOKENS`, or of wide rows fewer: a shard is held in memory until it is written."""
+    if isinstance(encoding, KeptEncoding):
+        return SHARD_TOKENS
+    return max(1, min(SHARD_TOKENS, SHARD_BYTES // encoding.most_bytes(1)))
+
+
 def _described(
-    first: Targets, recipe: config.LanguageRecipe, options: CacheOptions
+    first: Targets, given_k: int | None, recipe: config.LanguageRecipe, options: CacheOptions
 ) -> tuple[dict[str, Any], KeptEncoding | DenseEncoding]:
     """The manifest's `targets`, and the encoding that goes with them."""
     kind = options.kind
@@ -168,9 +179,8 @@ def _described(
         described = {"kind": kind, "width": rows.shape[1], "dtype": str(dtype).removeprefix("torch.")}
         return described, DenseEncoding(rows.shape[1], dtype)
     vocab, temperature = first.shape[1], _temperature(recipe, options)
-    given_k = first.ids.shape[1] if isinstance(first, TopKTargets) else None
-    if given_k is not None:
-        assert isinstance(first, TopKTargets)
+    if isinstance(first, TopKTargets):
+        assert given_k is not None
         first.check_temperature(temperature)
         if first.tail == "sampled":
             raise InputError(f"--targets {kind}: this teacher gives a sample, which is no teacher for another cache")
@@ -233,7 +243,7 @@ def _identified(recipe: config.LanguageRecipe, teacher: Teacher) -> dict[str, An
     """The manifest's `teacher`."""
     identities = []
     for section, part in zip(recipe.teachers, teacher.parts, strict=True):
-        said = section.model_dump(exclude={"num_connections", "timeout_s", "patience_s"})
+        said = section.model_dump(exclude=config.HOW_ASKED)
         if isinstance(section, config.InProcess) and part.model is not None:
             said = {"dtype": section.dtype, "quantization": section.quantization}
             said |= {"config": config_digest(part.model.config), "weights": weights_digest(part.model)}

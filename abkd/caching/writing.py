@@ -1,5 +1,6 @@
 """The shards of a cache, one after the other, beside other processes that write the same cache."""
 
+import abc
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,32 +22,47 @@ Shard = tuple[Sequence[int], Sequence[Mapping[str, Tensor]]]
 """Keys, and what an encoding made of each example."""
 
 
-def write_cache(
-    folder: Path,
-    manifest: Manifest,
-    num_bytes: int,
-    beside: Callable[[Path], None],
-    make_shard: Callable[[int, Callable[[int], Any]], Shard],
-    say: Say,
-) -> None:
+class CacheWriter(abc.ABC):
+    """What a task makes the shards of."""
+
+    manifest: Manifest
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the output head, if it is kept."""
+        return 0
+
+    @property
+    @abc.abstractmethod
+    def num_bytes(self) -> int:
+        """Of all shards, at most."""
+
+    def write_beside(self, folder: Path) -> None:  # noqa: B027
+        """What else the folder holds, tokenizer or head: the same, whoever writes it. Nothing, if a task has none."""
+
+    @abc.abstractmethod
+    def make_shard(self, number: int, progress: Callable[[int], Any]) -> Shard:
+        """Calls `progress` with a count of tokens now and then."""
+
+
+def write_cache(folder: Path, writer: CacheWriter, say: Say) -> None:
     """Writes every shard that is not there and that no other live process is writing.
 
-    Args:
-        num_bytes: of all shards, at most; said, and compared with the free disk, before the work starts.
-        beside: writes what else the folder holds, tokenizer or head, the same whoever does it.
-        make_shard: (number, progress) -> the shard; progress is called with a count of tokens now and then.
+    What it takes is said, and compared with the free disk, before the work starts.
 
     Raises:
         InputError: the folder holds another cache; the disk has no room.
     """
-    each = num_bytes / max(manifest.num_tokens, 1)
+    manifest = writer.manifest
+    each = writer.num_bytes / max(manifest.num_tokens, 1)
+    head = f", and {writer.head_bytes / 2**20:,.1f} MiB for the output head" if writer.head_bytes else ""
     say(
         f"cache: {manifest.described}; {manifest.num_examples:,} examples, {manifest.num_tokens:,} {manifest.unit}s, "
-        f"at most {each:,.0f} bytes each, {num_bytes / 2**20:,.1f} MiB in {len(manifest.shards):,} shards"
+        f"at most {each:,.0f} bytes each, {writer.num_bytes / 2**20:,.1f} MiB in {len(manifest.shards):,} shards{head}"
     )
-    _check_disk(folder, num_bytes)
+    _check_disk(folder, writer.num_bytes + writer.head_bytes)
     manifest.write(folder)
-    beside(folder)
+    writer.write_beside(folder)
     missing = manifest.missing_shards(folder)
     if not missing:
         say(f"{folder} is finished already")
@@ -60,7 +76,7 @@ def write_cache(
             for number in free:
                 with _claimed(folder, number) as mine:
                     if mine:
-                        made = make_shard(number, _progress(folder, number, bar))
+                        made = writer.make_shard(number, _progress(folder, number, bar))
                         write_shard(folder, number, manifest.digest, *made)
     if left := manifest.missing_shards(folder):
         say(f"the other {len(left):,} shards are being written by other processes")

@@ -19,13 +19,14 @@ from abkd.config.language import (
     Student,
 )
 from abkd.config.objective import TEMPERATURES, Calibration, Divergence, Objective, Ramp
-from abkd.config.teachers import Cached, InProcess, Mixture, Served
+from abkd.config.teachers import HOW_ASKED, Cached, InProcess, Mixture, Served
 from abkd.config.training import Training
 
 TASKS: dict[str, type[Recipe]] = {"language_model": LanguageRecipe, "image_classification": ImageRecipe}
 """Name of a task -> its recipe."""
 
 __all__ = [
+    "HOW_ASKED",
     "TASKS",
     "TEMPERATURES",
     "Cached",

@@ -78,6 +78,10 @@ class Served(Section):
     """How long a server that does not answer is asked again, before the training stops, to be resumed."""
 
 
+HOW_ASKED = {"url", "api", "num_connections", "timeout_s", "patience_s"}
+"""Fields of a served teacher that change nothing of what it says."""
+
+
 def _kind(section: object) -> object:
     """In a section of several kinds, which one it is; in_process where it says none."""
     return section.get("kind", "in_process") if isinstance(section, dict) else getattr(section, "kind", None)

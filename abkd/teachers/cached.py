@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from abkd.divergences.top_k import Tail
@@ -17,7 +17,7 @@ from abkd.head import LMHead
 from abkd.targets import DenseTargets, HiddenTargets, Targets, TopKTargets
 from abkd.teachers.cache.encoding import DenseEncoding, KeptEncoding
 from abkd.teachers.cache.manifest import Manifest, digest_of, example_key, first_difference
-from abkd.teachers.cache.shards import checksum
+from abkd.teachers.cache.shards import checksum, save_tensors, unreadable
 from abkd.teachers.cache.store import Store
 from abkd.teachers.teacher import Teacher
 
@@ -81,6 +81,15 @@ class CachedTeacher(Teacher):
     def vocab(self) -> int:
         return self._vocab
 
+    @property
+    def num_classes(self) -> int | None:
+        return self.store.manifest.targets["k"] if self.store.manifest.is_reduced else None
+
+    @property
+    def approximation(self) -> str:
+        manifest = self.store.manifest
+        return f"{manifest.described}, tail={self.tail}" if manifest.is_reduced else ""
+
     def narrow(self, vocab: int) -> None:
         self._vocab = vocab
         if self._head is not None:
@@ -132,7 +141,8 @@ def kept_encoding(manifest: Manifest) -> KeptEncoding | None:
 
 
 def write_head(head: LMHead, file: Path) -> None:
-    save_file(_tensors(head), file, {"head": json.dumps({"logit_scale": head.logit_scale, "softcap": head.softcap})})
+    """As a safetensors file."""
+    save_tensors(_tensors(head), file, {"head": json.dumps({"logit_scale": head.logit_scale, "softcap": head.softcap})})
 
 
 def head_digest(head: LMHead) -> str:
@@ -143,15 +153,15 @@ def head_digest(head: LMHead) -> str:
 def read_head(folder: Path, manifest: Manifest, field: str) -> LMHead:
     """Raises InputError: it is torn, or not the one that the manifest knows."""
     file = folder / HEAD
-    again = "remove it, and write it again with the command that made the cache"
     try:
         tensors = load_file(file)
         with safe_open(file, framework="pt") as opened:
             said = json.loads(opened.metadata()["head"])
         head = LMHead(tensors["weight"], tensors.get("bias"), said["logit_scale"], said["softcap"])
     except (OSError, SafetensorError, LookupError, ValueError, AttributeError, TypeError, InputError) as error:
-        raise InputError(f"{field}: {file} is torn ({error}); {again}") from None
+        raise unreadable(file, error, field) from None
     if head_digest(head) != manifest.targets["head"]:
+        again = "remove it, and write it again with the command that made the cache"
         raise InputError(f"{field}: {file} was altered, or is of another cache; {again}")
     return head
 

@@ -36,6 +36,10 @@ class MixtureTeacher(Teacher):
     def vocab(self) -> int:
         return self.teachers[0].vocab
 
+    @property
+    def approximation(self) -> str:
+        return "; ".join(dict.fromkeys(each.approximation for each in self.teachers if each.approximation))
+
     def narrow(self, vocab: int) -> None:
         for teacher in self.teachers:
             if teacher.vocab > vocab:

@@ -81,6 +81,14 @@ class ServedTeacher(Teacher):
     def vocab(self) -> int:
         return self._vocab
 
+    @property
+    def num_classes(self) -> int:  # the token that is there may be one more
+        return min(self._k + 1, self._served_vocab)
+
+    @property
+    def approximation(self) -> str:
+        return f"the {self._k} likeliest classes, tail={self._tail}"
+
     def narrow(self, vocab: int) -> None:
         """Rows leave out what they keep from `vocab` on, and are scaled up; their rest is taken to lie below."""
         self._vocab = vocab

@@ -26,6 +26,16 @@ class Teacher(abc.ABC):
     def vocab(self) -> int:
         """Classes of a row."""
 
+    @property
+    def num_classes(self) -> int | None:
+        """At most, that its rows are known at; None where they are whole."""
+        return None
+
+    @property
+    def approximation(self) -> str:
+        """How its rows are known, in a few words; empty where they are whole."""
+        return ""
+
     @abc.abstractmethod
     def narrow(self, vocab: int) -> None:
         """Leaves out the classes from `vocab` on, as if their logits were -inf; in place."""

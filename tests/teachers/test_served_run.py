@@ -124,3 +124,31 @@ def test_a_cache_whose_server_dies_keeps_its_shards_and_goes_on(recipe_file, ser
     server.troubles.clear()
     assert cli.main([*command, *section]) == cli.DONE
     assert "going on: " in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_a_server_that_has_moved(
+    recipe_file, server, teacher_folder, tmp_path, monkeypatch, tokenizer
+):
+    run = tmp_path / "run"
+    drop_at(server, monkeypatch, step=3)
+    assert cli.main(["train", str(recipe_file), f"run_dir={run}", *served(server, teacher_folder)]) == cli.USERS_MISTAKE
+    monkeypatch.undo()
+    with StandIn("vllm", make_llama(len(tokenizer)), tokenizer) as elsewhere:
+        again = [
+            "train",
+            f"{run}/recipe.yaml",
+            "resume=true",
+            f"teacher.url={elsewhere.url}",
+            "teacher.num_connections=2",
+        ]
+        assert cli.main(again) == cli.DONE
+        assert cli.main(["train", f"{run}/recipe.yaml", "resume=true", "teacher.k=5"]) == cli.USERS_MISTAKE
+    assert len(losses(run)) == 4
+
+
+def test_what_a_run_measures_against_a_server_says_that_it_is_approximate(recipe_file, server, teacher_folder, capsys):
+    assert cli.main(["train", str(recipe_file), *served(server, teacher_folder, k=20)]) == cli.DONE
+    results = json.loads((recipe_file.parent / "run/results.json").read_text())
+    assert results["after"]["teacher_known_by"] == "the 20 likeliest classes, tail=uniform"
+    assert "rank_mass" not in results["after"]
+    assert "rows are not whole (the 20 likeliest classes, tail=uniform)" in " ".join(capsys.readouterr().out.split())

@@ -44,13 +44,20 @@ def write_shard(
     file = shard_file(folder, number)
     part = folder / f".{file.name}.{platform.node()}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
-        save_file(tensors, part, metadata)
+        save_tensors(tensors, part, metadata)
         os.replace(part, file)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         raise InputError(
             f"--output: {file} cannot be written ({error}); free some disk, then go on with the same command"
         ) from error
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """`save_file`, which keeps the file to its owner, readable for whom the umask lets read."""
+    save_file(tensors, file, metadata)
+    os.umask(mask := os.umask(0))
+    file.chmod(0o666 & ~mask)
 
 
 def drop_parts(folder: Path, number: int) -> None:
@@ -90,9 +97,16 @@ def read_keys(folder: Path, number: int, cache_digest: str, field: str) -> np.nd
         with safe_open(file, framework="np") as opened:
             said, keys = _said(opened), opened.get_tensor(KEYS)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{field}: {file} is torn ({error}); {_again(file)}") from None
+        raise unreadable(file, error, field) from None
     _check_place(said, file, number, cache_digest, field)
     return keys
+
+
+def unreadable(file: Path, error: BaseException, field: str) -> InputError:
+    """What to tell of a file that is no whole safetensors file, or not for this user."""
+    if "ermission denied" in str(error):
+        return InputError(f"{field}: {file} may not be read ({error}); ask who wrote it for the right to read it")
+    return InputError(f"{field}: {file} is torn ({error}); {_again(file)}")
 
 
 def _again(file: Path) -> str:
@@ -110,7 +124,6 @@ class Shard:
     def read(cls, folder: Path, number: int, cache_digest: str, field: str) -> "Shard":
         """Raises InputError: the file is torn, altered, or of another cache; it is named."""
         file = shard_file(folder, number)
-        again = _again(file)
         try:
             with safe_open(file, framework="pt") as opened:
                 said = _said(opened)
@@ -118,10 +131,10 @@ class Shard:
         except FileNotFoundError:
             raise InputError(f"{field}: {file} is missing; write it with the command that made the cache") from None
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{field}: {file} is torn ({error}); {again}") from None
+            raise unreadable(file, error, field) from None
         _check_place(said, file, number, cache_digest, field)
         if checksum(tensors) != said.get("sha256"):
-            raise InputError(f"{field}: {file} was altered, its content is not what its checksum says; {again}")
+            raise InputError(f"{field}: {file} was altered, its content is not what its checksum says; {_again(file)}")
         return cls(tensors.pop(KEYS), tensors)
 
     def example(self, index: int) -> dict[str, Tensor]:
