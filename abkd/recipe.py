@@ -162,6 +162,8 @@ def _explain(content: dict[str, Any], error: Any, recipe: type[Recipe]) -> str:
         names = sorted(_keys(model))
         close = difflib.get_close_matches(path[-1], names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
+        if others := _kinds_with(recipe, path):
+            hint = f"it is of {path[0]}.kind={' or '.join(others)}; "
         return f"{field}: unknown key; {hint}known here are {', '.join(names)}"
     if error["type"] == "missing":
         return f"{field}: missing; add it to the recipe or the command line"
@@ -175,6 +177,19 @@ def _explain(content: dict[str, Any], error: Any, recipe: type[Recipe]) -> str:
     if error["type"] == "value_error":
         return f"{field}: {message}"
     return f"{field}: {value!r} is refused: {message[0].lower()}{message[1:]}"
+
+
+def _kinds_with(recipe: type[Recipe], path: list[str]) -> list[str]:
+    """The kinds of a recipe's section that have the key; none for a key that is not in a section of several kinds."""
+    if len(path) != 2 or path[0] not in recipe.model_fields:
+        return []
+    members = [each for each in _members(recipe.model_fields[path[0]].annotation) if path[1] in _keys(each)]
+    return [
+        kind
+        for each in members
+        if "kind" in each.model_fields
+        for kind in typing.get_args(each.model_fields["kind"].annotation)
+    ]
 
 
 def _kinds(model: Any, field: str) -> list[str]:

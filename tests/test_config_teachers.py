@@ -85,6 +85,13 @@ def test_what_a_cache_cannot_do_is_refused(overrides, message):
     assert line.startswith(f"recipe: {message}")
 
 
+def test_a_key_of_another_kind_says_of_which():
+    (line,) = refused("teacher.tail=lump")
+    assert line.startswith(
+        "teacher.tail: unknown key; it is of teacher.kind=cached or served; known here are adapter, "
+    )
+
+
 def test_another_model_than_the_teacher_can_be_shrunk():
     recipe = read_recipe("demo", ["teacher.kind=cached", "teacher.path=c", "student.path=model"])
     assert recipe.student.kind == "shrink" and recipe.student.path == "model"

@@ -1,5 +1,6 @@
 """A teacher at k classes of each token, and what is made of the rest."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,8 +117,7 @@ class TopKTargets:
 
         log_weights = None if parts[0].log_weights is None else whole("log_weights", -math.inf)
         rest = torch.cat([part.tail_log_mass for part in parts])
-        return replace(
-            parts[0],
+        return parts[0]._with(
             ids=whole("ids", 0),
             log_probs=whole("log_probs", -math.inf),
             tail_log_mass=rest,
@@ -127,7 +127,7 @@ class TopKTargets:
     def at(self, rows: slice | Tensor) -> "TopKTargets":
         """Some of the rows."""
         given = {name: getattr(self, name) for name in ("ids", "log_probs", "tail_log_mass", "log_weights")}
-        return replace(self, **{name: x[rows] for name, x in given.items() if x is not None})
+        return self._with(**{name: x[rows] for name, x in given.items() if x is not None})
 
     def within(self, top_p: float) -> "TopKTargets":
         """Of each row the fewest classes that together hold `top_p`, one at least, or all; the first come first.
@@ -165,11 +165,17 @@ class TopKTargets:
     def _without(self, is_out: Tensor) -> "TopKTargets":
         """With those entries in the rest."""
         dropped = self.log_probs.masked_fill(~is_out, -math.inf).logsumexp(-1)
-        return replace(
-            self,
+        return self._with(
             log_probs=self.log_probs.masked_fill(is_out, -math.inf),
             tail_log_mass=torch.logaddexp(self.tail_log_mass, dropped),
         )
+
+    def _with(self, **changes: Tensor | None) -> "TopKTargets":
+        """With other tensors; what was checked when the rows were made is not checked again."""
+        changed = copy.copy(self)
+        for name, tensor in changes.items():
+            object.__setattr__(changed, name, tensor)
+        return changed
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -185,7 +191,7 @@ class TopKTargets:
         """The same on another device."""
         names = ("ids", "log_probs", "tail_log_mass", "log_weights")
         given = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: x.to(device) for name, x in given.items() if x is not None})
+        return self._with(**{name: x.to(device) for name, x in given.items() if x is not None})
 
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Kept:
         """A range of rows, normalised."""
