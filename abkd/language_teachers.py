@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from abkd import config
+from abkd.data.batches import num_tokens
 from abkd.data.instructions import Example
 from abkd.divergences import Divergence
 from abkd.divergences.top_k import degree
@@ -107,7 +108,7 @@ def _call_server(section: config.Served, tokenizer, examples: Sequence[Example],
     options = section.model_dump(exclude={"kind", "tokenizer"})
     vocab = max(tokenizer.get_vocab().values()) + 1
     teacher = ServedTeacher(**options, tokenizer=tokenizer, vocab=vocab, api_key=os.environ.get(API_KEY))
-    longest = max(examples, key=lambda each: len(each.prompt_ids) + len(each.completion_ids))
+    longest = max(examples, key=num_tokens)
     for line in teacher.check([[*each.prompt_ids, *each.completion_ids] for each in [longest, *examples[:CHECKED]]]):
         say(line)
     return teacher
@@ -128,6 +129,13 @@ def _open_cache(section: config.Cached, recipe, examples, say, field: str) -> Ca
     teacher.expect(examples, texts_of(recipe))
     say(f"teacher: {manifest.described}, of {manifest.num_tokens:,} tokens, in {folder}")
     return teacher
+
+
+def movable_models(recipe: config.LanguageRecipe, teacher: Teacher | None) -> list[PreTrainedModel]:
+    """Of `teacher`, the recipe's: those that stand where they were loaded; a quantised one is on its device already."""
+    pairs = zip(recipe.teachers, teacher.parts if teacher else (), strict=True)
+    found = [part.model for section, part in pairs if getattr(section, "quantization", "none") == "none"]
+    return [model for model in found if model is not None]
 
 
 def texts_of(recipe: config.LanguageRecipe) -> dict[str, Any]:

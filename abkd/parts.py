@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from abkd import config
 from abkd.calibrations import CALIBRATIONS, Calibration, Plain
+from abkd.data.images import Augmentation
 from abkd.data.rollouts import STRATEGIES, Rollouts
 from abkd.divergences import KINDS, AlphaBeta, AlphaBetaSchedule, Divergence, Ramp
 from abkd.features import METHODS, FeatureTerm
@@ -45,6 +46,10 @@ def make_divergence(section: config.Divergence) -> Divergence | AlphaBetaSchedul
     if any(isinstance(value, Ramp) for value in parameters.values()):
         return AlphaBetaSchedule(**parameters)
     return KINDS[section.kind](**parameters)
+
+
+def make_augmentation(section: config.Augmentation) -> Augmentation:
+    return Augmentation(**section.model_dump())
 
 
 def make_terms(section: config.ImageObjective, seed: int) -> list[FeatureTerm]:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from language import byte_tokenizer, gpt2
-from transformers import TrainingArguments
+from language import byte_tokenizer, gpt2, print_change, trainer_of
 
-from abkd import AlphaBeta, CachedTeacher, DistillationTrainer, Objective
+from abkd import AlphaBeta, CachedTeacher, Objective
 from abkd.data.instructions import encode, read_instructions
 from abkd.paths import find_path
 
@@ -44,16 +43,10 @@ def main(steps):
         examples, _ = encode(read_instructions(find_path(DATA, "data"), "data"), tokenizer, **TEXTS)
         teacher = CachedTeacher.open(folder / "cache")
         teacher.expect(examples, {"data.train": DATA})
-        training = DistillationTrainer(
-            model=gpt2(len(tokenizer), 2, seed=1), teacher=teacher, objective=Objective(AlphaBeta(alpha=0.2, beta=0.7)),
-            train_examples=examples[16:], validation_examples=examples[:16], tokenizer=tokenizer,
-            args=TrainingArguments(str(folder / "run"), max_steps=steps, per_device_train_batch_size=8,
-                                   learning_rate=2e-3, save_strategy="no", report_to="none", disable_tqdm=True,
-                                   dataloader_pin_memory=False),
-        )  # fmt: skip
+        student, objective = gpt2(len(tokenizer), 2, seed=1), Objective(AlphaBeta(alpha=0.2, beta=0.7))
+        training = trainer_of(student, teacher, objective, tokenizer, examples, steps=steps, folder=str(folder / "run"))
         before, _, after = training.evaluate(), training.train(), training.evaluate()
-    for name in ("alpha_beta", "token_agreement"):
-        print(f"{name}: {before[f'validation_{name}']:.4f} before, {after[f'validation_{name}']:.4f} after")
+    print_change(before, after)
 
 
 if __name__ == "__main__":

@@ -30,29 +30,35 @@ def gpt2(vocabulary, layers, seed):
     )  # fmt: skip
 
 
+def trainer_of(model, teacher, objective, tokenizer, examples, *, steps, folder):
+    return DistillationTrainer(
+        model=model, teacher=teacher, objective=objective, train_examples=examples[16:],
+        validation_examples=examples[:16], tokenizer=tokenizer,
+        args=TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=8, learning_rate=2e-3,
+                               logging_steps=20, save_strategy="no", report_to="none", disable_tqdm=True,
+                               dataloader_pin_memory=False),
+    )  # fmt: skip
+
+
+def print_change(before, after):
+    for name in ("alpha_beta", "token_agreement"):
+        print(f"{name}: {before[f'validation_{name}']:.4f} before, {after[f'validation_{name}']:.4f} after")
+
+
 def main(steps):
     tokenizer = byte_tokenizer()
     rows = read_instructions(find_path("package:abkd/recipes/demo/train.jsonl", "data"), "data")
     examples, _ = encode(
         rows, tokenizer, prompt_format="plain", max_prompt_tokens=96, max_tokens=192, long_prompts="drop"
     )
-
-    def trainer(model, teacher, objective, folder):
-        return DistillationTrainer(
-            model=model, teacher=teacher, objective=objective, train_examples=examples[16:],
-            validation_examples=examples[:16], tokenizer=tokenizer,
-            args=TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=8, learning_rate=2e-3,
-                                   logging_steps=20, save_strategy="no", report_to="none", disable_tqdm=True,
-                                   dataloader_pin_memory=False),
-        )  # fmt: skip
-
     teacher, student = gpt2(len(tokenizer), 4, seed=0), gpt2(len(tokenizer), 2, seed=1)
     with tempfile.TemporaryDirectory() as folder:
-        trainer(teacher, None, Objective(kd_weight=0.0, ce_weight=1.0), folder).train()
-        distilling = trainer(student, InProcessTeacher(teacher), Objective(AlphaBeta(alpha=0.2, beta=0.7)), folder)
+        shared = {"tokenizer": tokenizer, "examples": examples, "steps": steps, "folder": folder}
+        trainer_of(teacher, None, Objective(kd_weight=0.0, ce_weight=1.0), **shared).train()
+        objective = Objective(AlphaBeta(alpha=0.2, beta=0.7))
+        distilling = trainer_of(student, InProcessTeacher(teacher), objective, **shared)
         before, _, after = distilling.evaluate(), distilling.train(), distilling.evaluate()
-    for name in ("alpha_beta", "token_agreement"):
-        print(f"{name}: {before[f'validation_{name}']:.4f} before, {after[f'validation_{name}']:.4f} after")
+    print_change(before, after)
 
 
 if __name__ == "__main__":

@@ -490,10 +490,11 @@ def test_files_are_readable_for_whom_the_umask_lets_read(world):
 
 
 def test_wide_rows_make_smaller_shards(monkeypatch):
-    from abkd.caching.texts import SHARD_BYTES, SHARD_TOKENS, _shard_tokens
+    from abkd.caching.options import SHARD_ROWS
+    from abkd.caching.texts import SHARD_BYTES, _shard_tokens
     from abkd.teachers.cache.encoding import DenseEncoding, KeptEncoding
 
-    assert _shard_tokens(KeptEncoding(49_152)) == SHARD_TOKENS
-    assert _shard_tokens(DenseEncoding(576, torch.float16)) == SHARD_TOKENS
+    assert _shard_tokens(KeptEncoding(49_152)) == SHARD_ROWS
+    assert _shard_tokens(DenseEncoding(576, torch.float16)) == SHARD_ROWS
     wide = _shard_tokens(DenseEncoding(49_152, torch.float32))
     assert wide * 49_152 * 4 <= SHARD_BYTES < (wide + 1) * 49_152 * 4

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "abkd"
 FLOORS = {
-    "errors": -2, "ranges": -1, "ranks": -1, "packing": -1,
+    "errors": -2, "processes": -1, "ranges": -1, "ranks": -1, "packing": -1,
     "config": 0, "recipe": 1, "engine": 1, "divergences": 0, "head": 0, "vocab": 0, "rundir": 0, "paths": 0,
     "generation": 1, "generation_vllm": 2, "calibrations": 1, "targets": 1, "kernels": 2,
     "objective": 3, "features": 3,
@@ -101,6 +101,7 @@ TORCH_FREE += [
     "models/pretrained.py",
     "models/adapters.py",
     "ranks.py",
+    "processes.py",
     "engine.py",
 ]
 

@@ -15,9 +15,11 @@ def check(recipe: Recipe, options: CacheOptions, folder: Path) -> Any:
     """The inputs of the recipe, which need no run_dir.
 
     Raises:
-        InputError: the folder holds something else; what `abkd.inputs.check_inputs` refuses; targets that the task has
-            not.
+        InputError: there is no teacher; the folder holds something else; what `abkd.inputs.check_inputs` refuses;
+            targets that the task has not.
     """
+    if recipe.teacher is None:
+        raise InputError("teacher: there is none to be cached; set one in the recipe")
     check_output(folder)
     match recipe:
         case LanguageRecipe():

@@ -4,8 +4,11 @@ import argparse
 from dataclasses import dataclass
 
 from abkd.errors import InputError
+from abkd.teachers.cache.manifest import MOST_CLASSES
 
 KINDS = ("top_k", "sampled", "hidden", "logits")
+SHARD_ROWS = 65_536
+"""Tokens or images of a shard, unless their rows are wide."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -33,6 +36,10 @@ class CacheOptions:
     seed: int | None = None
     """Of the draws of a sample; None is 0."""
 
+    def exact_of(self, k: int) -> int:
+        """Of a sample of k classes: how many are kept for sure."""
+        return k // 2 if self.num_exact is None else self.num_exact
+
     def __post_init__(self):
         reduced = self.kind in ("top_k", "sampled")
         if reduced and self.dtype is not None:
@@ -49,8 +56,10 @@ class CacheOptions:
             raise InputError(f"--seed={self.seed}: is of the draws of --targets sampled; leave it out")
         if self.k is not None and self.bytes_per_token is not None:
             raise InputError("--k and --bytes-per-token say the same; give one of them")
-        if (self.k or 0) > 32_767:  # their number has 16 bits
-            raise InputError(f"--k={self.k}: must be at most 32767; to keep more, use --targets hidden or logits")
+        if (self.k or 0) > MOST_CLASSES:
+            raise InputError(
+                f"--k={self.k}: must be at most {MOST_CLASSES}; to keep more, use --targets hidden or logits"
+            )
         if self.value_bits is not None and not 4 <= self.value_bits <= 16:
             raise InputError(f"--value-bits={self.value_bits}: must lie between 4 and 16")
 

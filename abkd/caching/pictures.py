@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from abkd import config
-from abkd.caching.options import CacheOptions
+from abkd.caching.options import SHARD_ROWS, CacheOptions
 from abkd.caching.writing import CacheWriter, Shard, write_cache
-from abkd.data.images import Augmentation
 from abkd.engine import device_type
 from abkd.image_inputs import ImageInputs, images_of
+from abkd.parts import make_augmentation
 from abkd.setup import Say
 from abkd.tasks.images import ImageSetup, num_distinct_epochs, prepare
 from abkd.teachers.cache.encoding import DenseEncoding
 from abkd.teachers.cache.identity import weights_digest
 from abkd.teachers.cache.manifest import Manifest, digest_of
 from abkd.teachers.cached_classifier import plain_image, plain_keys
-
-SHARD_IMAGES = 65_536
 
 
 def cache_pictures(
@@ -46,11 +44,11 @@ class _Writer(CacheWriter):
         self.batch_size = options.batch_size or recipe.evaluation.batch_size
         self.train, self.plain = setup.train.to(device), [setup.test.to(device)]
         self.plain += [] if setup.validation is None else [setup.validation.to(device)]
-        self.augmentation = Augmentation(**recipe.data.augmentation.model_dump())
+        self.augmentation = make_augmentation(recipe.data.augmentation)
         num_epochs = num_distinct_epochs(recipe, len(setup.train))
         keys = [plain_keys(images.part, torch.arange(len(images))) for images in self.plain]
         keys += [torch.arange(num_epochs * len(setup.train))]
-        self.parts = [part for each in keys for part in each.split(options.shard_tokens or SHARD_IMAGES)]
+        self.parts = [part for each in keys for part in each.split(options.shard_tokens or SHARD_ROWS)]
         dtype = getattr(torch, options.dtype or "float32")
         self.encoding = DenseEncoding(len(setup.train.classes), dtype)
         data = images_of(recipe, inputs) | {"num_epochs": num_epochs}

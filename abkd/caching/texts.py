@@ -1,7 +1,6 @@
 """The cache of a language model's teacher."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abkd import config
-from abkd.caching.options import CacheOptions
+from abkd.caching.options import SHARD_ROWS, CacheOptions
 from abkd.caching.writing import CacheWriter, Shard, put_beside, write_cache
 from abkd.data.batches import Collator, num_tokens
 from abkd.data.instructions import Example
@@ -18,32 +17,34 @@ from abkd.errors import InputError, ServerLost
 from abkd.fit import device_of
 from abkd.head import LMHead
 from abkd.inputs import Inputs
-from abkd.language_teachers import texts_of, tokenizer_digests
+from abkd.language_teachers import movable_models, texts_of, tokenizer_digests
 from abkd.objective import completion_mask
 from abkd.setup import Say, Setup, prepare
 from abkd.targets import HiddenTargets, Targets, TopKTargets
-from abkd.teachers.cache.encoding import MOST_CLASSES, DenseEncoding, KeptEncoding
+from abkd.teachers.cache.encoding import DenseEncoding, KeptEncoding
 from abkd.teachers.cache.identity import config_digest, weights_digest
-from abkd.teachers.cache.manifest import TOKENIZER, Manifest, digest_of, example_key
+from abkd.teachers.cache.manifest import MOST_CLASSES, TOKENIZER, Manifest, digest_of, example_key
 from abkd.teachers.cached import HEAD, head_digest, write_head
 from abkd.teachers.in_process import InProcessTeacher
 from abkd.teachers.teacher import Teacher
 
-SHARD_TOKENS, SHARD_BYTES = 65_536, 2**30
+SHARD_BYTES = 2**30
 DEFAULT_K, VALUE_BITS, BATCH_SIZE = 50, 12, 8
 
 
 def cache_texts(recipe: config.LanguageRecipe, inputs: Inputs, options: CacheOptions, folder: Path, say: Say) -> None:
     """Targets for the completions of the training and the validation data, under the examples' content.
 
+    Args:
+        recipe, inputs, options: as `abkd.caching.check.check` passed them.
+
     Raises:
-        InputError: the recipe has no teacher, or one that cannot give such targets.
+        InputError: the teacher cannot give such targets.
     """
-    if recipe.teacher is None:
-        raise InputError("teacher: there is none to be cached; set one in the recipe")
     setup = prepare(recipe, inputs._replace(sets={}), say)
     assert setup.teacher is not None
-    place(setup.teacher, recipe)
+    for model in movable_models(recipe, setup.teacher):
+        model.to(device_of(recipe))
     for part in setup.teacher.parts:
         if isinstance(part, InProcessTeacher):
             part.remember = False  # every example comes by once
@@ -53,13 +54,6 @@ def cache_texts(recipe: config.LanguageRecipe, inputs: Inputs, options: CacheOpt
         write_cache(folder, writer, say)
     except ServerLost as error:
         raise ServerLost(f"{error}, then go on with the same command; whole shards are kept") from error
-
-
-def place(teacher: Teacher, recipe: config.LanguageRecipe) -> None:
-    """Each model of `teacher` where the recipe trains; a quantised one is there already."""
-    for section, part in zip(recipe.teachers, teacher.parts, strict=True):
-        if part.model is not None and getattr(section, "quantization", "none") == "none":
-            part.model.to(device_of(recipe))
 
 
 class _Writer(CacheWriter):
@@ -162,10 +156,10 @@ def _partition(items: list[tuple[int, Example]], shard_tokens: int) -> list[list
 
 
 def _shard_tokens(encoding: KeptEncoding | DenseEncoding) -> int:
-    """As many as `SHARD_TOKENS`, or of wide rows fewer: a shard is held in memory until it is written."""
+    """As many as `SHARD_ROWS`, or of wide rows fewer: a shard is held in memory until it is written."""
     if isinstance(encoding, KeptEncoding):
-        return SHARD_TOKENS
-    return max(1, min(SHARD_TOKENS, SHARD_BYTES // encoding.most_bytes(1)))
+        return SHARD_ROWS
+    return max(1, min(SHARD_ROWS, SHARD_BYTES // encoding.most_bytes(1)))
 
 
 def _described(
@@ -190,13 +184,10 @@ def _described(
                 "that"
             )
     k = min(_num_classes(options, vocab, given_k), vocab)
-    num_exact = (options.num_exact if options.num_exact is not None else k // 2) if kind == "sampled" else k
-    if kind == "sampled" and not 1 <= k - num_exact <= 255:
+    encoding = _kept_encoding(vocab, options, k)
+    if kind == "sampled" and not 1 <= encoding.num_draws <= 255:
         fits = f"between {max(k - 255, 0)} and {k - 1}"
-        raise InputError(f"--exact={num_exact}: of k={k} classes 1 to 255 are draws; set it {fits}")
-    encoding = KeptEncoding(
-        vocab, options.value_bits or VALUE_BITS, k - num_exact, num_exact if kind == "sampled" else 0
-    )
+        raise InputError(f"--exact={encoding.num_exact}: of k={k} classes 1 to 255 are draws; set it {fits}")
     described = {"kind": kind, "k": k, "top_p": options.top_p, "num_exact": encoding.num_exact}
     described |= {"num_draws": encoding.num_draws, "value_bits": encoding.value_bits, "temperature": temperature}
     return described | ({"seed": options.seed or 0} if kind == "sampled" else {}), encoding
@@ -214,22 +205,26 @@ def _dense_rows(targets: Targets, kind: str, start: int, stop: int) -> Tensor:
 def _num_classes(options: CacheOptions, vocab: int, given: int | None) -> int:
     if options.bytes_per_token is None:
         return options.k or given or DEFAULT_K
-    encoding = KeptEncoding(vocab, options.value_bits or VALUE_BITS)
-    fits = [
-        k for k in range(1, min(vocab, MOST_CLASSES) + 1) if _bytes_of(encoding, options, k) <= options.bytes_per_token
-    ]
+    most = range(1, min(vocab, MOST_CLASSES) + 1)
+    fits = [k for k in most if _bytes_of(vocab, options, k) <= options.bytes_per_token]
     if not fits:
-        least = _bytes_of(encoding, options, 1)
+        least = _bytes_of(vocab, options, 1)
         raise InputError(f"--bytes-per-token={options.bytes_per_token}: one class takes {least:.1f}; raise it")
     return fits[-1]
 
 
-def _bytes_of(encoding: KeptEncoding, options: CacheOptions, k: int) -> float:
+def _bytes_of(vocab: int, options: CacheOptions, k: int) -> float:
     """Of a token with k classes."""
-    if options.kind == "sampled":
-        exact = options.num_exact if options.num_exact is not None else k // 2
-        encoding = replace(encoding, num_draws=max(k - exact, 0), num_exact=exact)
-    return encoding.most_bytes(1000, k) / 1000
+    return _kept_encoding(vocab, options, k).most_bytes(1000, k) / 1000
+
+
+def _kept_encoding(vocab: int, options: CacheOptions, k: int) -> KeptEncoding:
+    """Of k classes, or of a sample of k: those that are not kept for sure are draws."""
+    bits = options.value_bits or VALUE_BITS
+    if options.kind != "sampled":
+        return KeptEncoding(vocab, bits)
+    num_exact = options.exact_of(k)
+    return KeptEncoding(vocab, bits, max(k - num_exact, 0), num_exact)
 
 
 def _temperature(recipe: config.LanguageRecipe, options: CacheOptions) -> float:

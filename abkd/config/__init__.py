@@ -6,7 +6,7 @@ they share.
 """
 
 from abkd.config.fields import Recipe
-from abkd.config.images import ImageObjective, ImageRecipe
+from abkd.config.images import Augmentation, ImageObjective, ImageRecipe
 from abkd.config.language import (
     Data,
     Evaluation,
@@ -29,6 +29,7 @@ __all__ = [
     "HOW_ASKED",
     "TASKS",
     "TEMPERATURES",
+    "Augmentation",
     "Cached",
     "Calibration",
     "Data",

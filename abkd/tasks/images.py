@@ -16,7 +16,7 @@ from abkd.card import image_card as model_card
 from abkd.config.image_models import CachedClassifier, CLIPStudent, CLIPTeacher, ImageModel
 from abkd.data.clip_sets import CLIP_SETS, CONTEXT, base_and_new
 from abkd.data.image_folders import FolderStore
-from abkd.data.images import Augmentation, Images, ImageStore
+from abkd.data.images import Images, ImageStore
 from abkd.data.labelled_images import ImageFiles, LabelledImages
 from abkd.errors import InputError
 from abkd.evaluation.base_and_new import BaseToNewMeter
@@ -26,7 +26,7 @@ from abkd.models.classifiers import load_classifier, save_classifier
 from abkd.models.clip import PromptedClassifier
 from abkd.models.image_classifier import ImageClassifier
 from abkd.objective import IGNORED_LABEL
-from abkd.parts import make_objective, make_terms
+from abkd.parts import make_augmentation, make_objective, make_terms
 from abkd.paths import find_path
 from abkd.ranks import is_first
 from abkd.rundir import RunDir
@@ -99,7 +99,7 @@ def num_distinct_epochs(recipe: config.ImageRecipe, num_images: int) -> int:
     options = recipe.training
     steps = steps_per_epoch(num_images, options.batch_size, options.accumulation, drop_last=options.drop_last)
     num_epochs = math.ceil(options.num_epochs or options.num_steps / steps)
-    return min(num_epochs, Augmentation(**recipe.data.augmentation.model_dump()).period or num_epochs)
+    return min(num_epochs, make_augmentation(recipe.data.augmentation).period or num_epochs)
 
 
 def _load(recipe: config.ImageRecipe, classes: tuple[str, ...], say: Say) -> ClassifierTeacher:
@@ -157,7 +157,6 @@ def make_trainer(
     steps = steps_per_epoch(len(setup.train), options.batch_size, options.accumulation, drop_last=options.drop_last)
     selected = setup.validation if options.select_on == "validation" else setup.test
     assert selected is not None
-    section = recipe.data.augmentation
     terms = [
         term.attach(
             student,
@@ -184,7 +183,7 @@ def make_trainer(
         objective=make_objective(recipe.objective),
         train_images=setup.train,
         validation_images=setup.validation or selected,
-        augmentation=Augmentation(**section.model_dump()),
+        augmentation=make_augmentation(recipe.data.augmentation),
         terms=terms,
         make_optimizer=optimizer_of(options),
         rate_factor=RateFactor(

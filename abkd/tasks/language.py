@@ -11,6 +11,7 @@ from abkd import config
 from abkd.card import language_card as model_card
 from abkd.data.corpus import Corpus
 from abkd.generation import generate_ids
+from abkd.language_teachers import movable_models
 from abkd.measures import measure, measure_before
 from abkd.models.adapters import is_adapted, load_trained, merged
 from abkd.models.sharding import shard
@@ -75,13 +76,11 @@ def _generate_of(recipe: config.LanguageRecipe, student: PreTrainedModel) -> Cal
 def place(recipe: config.LanguageRecipe, setup: Setup, student: PreTrainedModel, device: torch.device) -> None:
     """Student and teacher where this rank trains: whole, but the teacher of fsdp2; a quantised one is there already."""
     student.to(device)
-    for section, teacher in zip(recipe.teachers, setup.teacher.parts if setup.teacher else (), strict=True):
-        if teacher.model is None or getattr(section, "quantization", "none") != "none":
-            continue
+    for model in movable_models(recipe, setup.teacher):
         if recipe.training.engine == "fsdp2":
-            shard(teacher.model)
+            shard(model)
         else:
-            teacher.model.to(device)
+            model.to(device)
 
 
 def teacher_model(setup: Setup) -> PreTrainedModel | None:

@@ -17,7 +17,7 @@ from abkd.head import LMHead
 from abkd.targets import DenseTargets, HiddenTargets, Targets, TopKTargets
 from abkd.teachers.cache.encoding import DenseEncoding, KeptEncoding
 from abkd.teachers.cache.manifest import Manifest, digest_of, example_key, first_difference
-from abkd.teachers.cache.shards import checksum, save_tensors, unreadable
+from abkd.teachers.cache.shards import again, checksum, save_tensors, unreadable
 from abkd.teachers.cache.store import Store
 from abkd.teachers.teacher import Teacher
 
@@ -161,8 +161,7 @@ def read_head(folder: Path, manifest: Manifest, field: str) -> LMHead:
     except (OSError, SafetensorError, LookupError, ValueError, AttributeError, TypeError, InputError) as error:
         raise unreadable(file, error, field) from None
     if head_digest(head) != manifest.targets["head"]:
-        again = "remove it, and write it again with the command that made the cache"
-        raise InputError(f"{field}: {file} was altered, or is of another cache; {again}")
+        raise InputError(f"{field}: {file} was altered, or is of another cache; {again(file)}")
     return head
 
 

@@ -1,8 +1,6 @@
 """The Optuna study of a search: a queue of trials that processes and machines share. The only file with optuna."""
 
 import fcntl
-import os
-import platform
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
@@ -20,6 +17,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from abkd.errors import InputError
+from abkd.processes import is_gone, this_process
 from abkd.tune.options import REDUCTION, Search
 from abkd.tune.points import Point
 
@@ -166,7 +164,7 @@ class Study:
                     trial.set_user_attr("passed_over", True)
                     self._study.tell(trial, state=TrialState.FAIL)
                     continue
-                owner, point = _owner(), self._draw(trial)
+                owner, point = this_process(), self._draw(trial)
                 trial.set_user_attr("owner", owner)
                 trial.set_user_attr("point", point)
                 self._taken[trial.number] = trial
@@ -195,7 +193,9 @@ class Study:
     def put_back_abandoned(self, even_elsewhere: bool = False) -> list[Trial]:
         """Trials whose process on this machine is gone wait again; where it is asked for, other machines' too."""
         with locked(self.folder):
-            found = [each for each in self.running_elsewhere() if even_elsewhere or _is_gone(each.noted.get("owner"))]
+            found = [
+                each for each in self.running_elsewhere() if even_elsewhere or is_gone(each.noted.get("owner", {}))
+            ]
             for trial in found:
                 self.put_back(trial)
         return found
@@ -273,21 +273,3 @@ def _shown(url: str) -> str:
         return make_url(url).render_as_string(hide_password=True)
     except SQLAlchemyError:
         return repr(url)
-
-
-def _owner() -> dict[str, Any]:
-    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-def _is_gone(owner: Mapping[str, Any] | None) -> bool:
-    """Whether a process of this machine has ended; of another machine nothing is known."""
-    if owner is None or owner["host"] != platform.node():
-        return False
-    try:
-        process = psutil.Process(owner["pid"])
-        if process.status() == psutil.STATUS_ZOMBIE:  # killed, by a parent that does not look after it
-            return True
-        # the time is that of the boot plus ticks, and the boot's is told anew to every process
-        return abs(process.create_time() - owner["started"]) > 5
-    except psutil.NoSuchProcess:
-        return True

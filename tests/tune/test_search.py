@@ -152,7 +152,7 @@ class Killed(BaseException):
 def test_a_killed_search_goes_on_where_it_stopped(search_of, tmp_path, monkeypatch):
     with monkeypatch.context() as killed:
         killed.setattr(study_module.Study, "put_back", lambda study, trial: None)
-        killed.setattr(study_module, "_owner", lambda: {"host": platform.node(), "pid": 2**22 + 1, "started": 0})
+        killed.setattr(study_module, "this_process", lambda: {"host": platform.node(), "pid": 2**22 + 1, "started": 0})
         with pytest.raises(Killed):
             search_of(SMALL, lambda point, *how: Killed() if point.alpha == 0.5 else score(point, *how))
     assert [row["state"] for row in report(tmp_path)["trials"]] == ["finished", "waiting", "waiting"]
@@ -269,7 +269,7 @@ def test_what_a_process_leaves_that_dies_meanwhile_is_done(tmp_path, monkeypatch
 
     def sleep(seconds):
         waits.append(seconds)
-        monkeypatch.setattr(study_module, "_is_gone", lambda owner: True)
+        monkeypatch.setattr(study_module, "is_gone", lambda owner: True)
 
     monkeypatch.setattr("abkd.tune.search.time.sleep", sleep)
     planted, recipe = Planted(tmp_path, train), recipe_of(run_dir=str(tmp_path))

@@ -46,7 +46,7 @@ def dead_owner():
     """What a process of this machine that has ended said of itself."""
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait()
-    return study_module._owner() | {"pid": process.pid}
+    return study_module.this_process() | {"pid": process.pid}
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def zombie_owner():
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    yield study_module._owner() | {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+    yield study_module.this_process() | {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
     process.wait()
 
 
@@ -125,7 +125,7 @@ def test_what_a_killed_process_was_busy_with_waits_again(opened_in_database, dea
     study = opened_in_database()
     study.queue(JOBS)
     with monkeypatch.context() as killed:
-        killed.setattr(study_module, "_owner", lambda: dead_owner)
+        killed.setattr(study_module, "this_process", lambda: dead_owner)
         torn = study.take()
     alive = study.take()
     again = opened_in_database()
@@ -141,7 +141,7 @@ def test_a_zombie_is_busy_with_nothing(opened, zombie_owner, monkeypatch):
     study = opened()
     study.queue(JOBS)
     with monkeypatch.context() as killed:
-        killed.setattr(study_module, "_owner", lambda: zombie_owner)
+        killed.setattr(study_module, "this_process", lambda: zombie_owner)
         study.take()
     assert [each.number for each in opened().put_back_abandoned()] == [0]
 
@@ -149,8 +149,8 @@ def test_a_zombie_is_busy_with_nothing(opened, zombie_owner, monkeypatch):
 def test_a_process_that_has_another_ones_number_is_another(opened, monkeypatch):
     study = opened()
     study.queue(JOBS)
-    owner = study_module._owner()
-    monkeypatch.setattr(study_module, "_owner", lambda: owner | {"started": owner["started"] - 3600})
+    owner = study_module.this_process()
+    monkeypatch.setattr(study_module, "this_process", lambda: owner | {"started": owner["started"] - 3600})
     study.take()
     assert owner["pid"] == os.getpid() and [each.number for each in opened().put_back_abandoned()] == [0]
 
@@ -158,7 +158,7 @@ def test_a_process_that_has_another_ones_number_is_another(opened, monkeypatch):
 def test_another_machines_trial_is_left_alone_unless_it_is_taken_over(opened, dead_owner, monkeypatch):
     study = opened()
     study.queue(JOBS)
-    monkeypatch.setattr(study_module, "_owner", lambda: dead_owner | {"host": "elsewhere"})
+    monkeypatch.setattr(study_module, "this_process", lambda: dead_owner | {"host": "elsewhere"})
     study.take()
     again = opened()
     assert again.put_back_abandoned() == []

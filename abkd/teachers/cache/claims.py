@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
+from abkd.processes import is_gone, this_process
 
 STALE_S = 120.0
 
@@ -28,7 +28,7 @@ def is_claimed(file: Path) -> bool:
     if not isinstance(owner, dict):  # it is being written, or torn
         return age < STALE_S
     if owner.get("host") == platform.node():
-        return owner.get("pid") != os.getpid() and _is_alive(owner.get("pid"), owner.get("started"))
+        return owner.get("pid") != os.getpid() and not is_gone(owner)
     return age < STALE_S
 
 
@@ -40,8 +40,7 @@ def claim(file: Path) -> bool:
         file.unlink(missing_ok=True)
     try:
         with file.open("x", encoding="utf-8") as stream:
-            started = psutil.Process().create_time()
-            stream.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "started": started}))
+            stream.write(json.dumps(this_process()))
     except FileExistsError:
         return False
     return True
@@ -51,13 +50,3 @@ def keep(file: Path) -> None:
     """Says that the claim's process is at work, if the claim is still there."""
     with suppress(FileNotFoundError):
         os.utime(file)
-
-
-def _is_alive(pid: object, started: object) -> bool:
-    if not isinstance(pid, int) or pid < 1:
-        return False
-    try:
-        process = psutil.Process(pid)
-        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -27,8 +27,6 @@ RANGE = 32.0
 _TAIL_STEP = RANGE / 65_534
 _TAIL_START = -32_767  # the code of mass 1
 _NO_TAIL = -32_768
-MOST_CLASSES = 32_767
-"""Of a token, whose number has 16 bits."""
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from abkd.errors import InputError
 
 FORMAT = 1
+MOST_CLASSES = 32_767
+"""Of a token's kept ones: their number has 16 bits."""
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 CHECKSUM = "checksum"
 """Of the manifest's other entries."""
@@ -43,7 +46,7 @@ class Manifest:
         content.pop("version")
         return content | {"teacher": self.teacher["identity"], "data": {"digest": self.data["digest"]}}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """That every shard names, so that no shard of another cache is taken for one of this."""
         return digest_of(self.identity)

@@ -87,7 +87,7 @@ def _said(opened: Any) -> dict[str, Any]:
 
 def _check_place(said: dict[str, Any], file: Path, number: int, cache_digest: str, field: str) -> None:
     if said.get("cache") != cache_digest or said.get("number") != number:
-        raise InputError(f"{field}: {file} is a shard of another cache, or another shard of this one; {_again(file)}")
+        raise InputError(f"{field}: {file} is a shard of another cache, or another shard of this one; {again(file)}")
 
 
 def read_keys(folder: Path, number: int, cache_digest: str, field: str) -> np.ndarray:
@@ -106,10 +106,11 @@ def unreadable(file: Path, error: BaseException, field: str) -> InputError:
     """What to tell of a file that is no whole safetensors file, or not for this user."""
     if "ermission denied" in str(error):
         return InputError(f"{field}: {file} may not be read ({error}); ask who wrote it for the right to read it")
-    return InputError(f"{field}: {file} is torn ({error}); {_again(file)}")
+    return InputError(f"{field}: {file} is torn ({error}); {again(file)}")
 
 
-def _again(file: Path) -> str:
+def again(file: Path) -> str:
+    """The way out, for a message about a file that is not what it was."""
     return f"remove it, and write it again with the command that made the cache ({file.parent})"
 
 
@@ -134,7 +135,7 @@ class Shard:
             raise unreadable(file, error, field) from None
         _check_place(said, file, number, cache_digest, field)
         if checksum(tensors) != said.get("sha256"):
-            raise InputError(f"{field}: {file} was altered, its content is not what its checksum says; {_again(file)}")
+            raise InputError(f"{field}: {file} was altered, its content is not what its checksum says; {again(file)}")
         return cls(tensors.pop(KEYS), tensors)
 
     def example(self, index: int) -> dict[str, Tensor]:
