@@ -173,9 +173,7 @@ def _digest(images: LabelledImages) -> dict[str, Any]:
 
 def _check_cache(section: CachedClassifier) -> str:
     folder = find_path(section.path, "teacher.path")
-    manifest = Manifest.read(folder, "teacher.path")
-    manifest.check_task("image_classification", "teacher.path")
-    manifest.check_complete(folder, "teacher.path")
+    manifest = Manifest.read_whole(folder, "teacher.path", "image_classification")
     return f"teacher: {manifest.described}, {manifest.num_examples:,} images"
 
 

@@ -115,12 +115,8 @@ def _check_served(recipe: LanguageRecipe, field: str) -> None:
     """A server gives some classes of each token at temperature 1; a mixture makes rows of them."""
     if isinstance(recipe.teacher, Mixture) or recipe.objective.kd_weight == 0:
         return
-    if recipe.objective.calibration is not None:
-        raise InputError(
-            f"objective.calibration.kind={recipe.objective.calibration.kind} compares whole rows of logits, and "
-            f"{field}.kind=served gives some classes of each; use objective.divergence"
-        )
-    name, asked = _teacher_temperature(recipe)
+    _refuse_calibration(recipe, f"{field}.kind=served gives some classes of each", "use objective.divergence")
+    name, asked = teacher_temperature(recipe)
     if asked != 1:
         raise InputError(
             f"{field}.kind=served gives rows at temperature 1, and here is objective.{name}={asked:g}; set "
@@ -128,7 +124,15 @@ def _check_served(recipe: LanguageRecipe, field: str) -> None:
         )
 
 
-def _teacher_temperature(recipe: LanguageRecipe) -> tuple[str, float]:
+def _refuse_calibration(recipe: LanguageRecipe, found: str, way_out: str) -> None:
+    """Of a teacher that is known at some classes of each token, as `found` says."""
+    if (calibration := recipe.objective.calibration) is not None:
+        raise InputError(
+            f"objective.calibration.kind={calibration.kind} compares whole rows of logits, and {found}; {way_out}"
+        )
+
+
+def teacher_temperature(recipe: LanguageRecipe) -> tuple[str, float]:
     """The option that says it, and its value."""
     objective = recipe.objective
     if objective.teacher_temperature is None:
@@ -139,16 +143,11 @@ def _teacher_temperature(recipe: LanguageRecipe) -> tuple[str, float]:
 def _check_cache(recipe: LanguageRecipe, section: Cached, field: str) -> str:
     """The cache must be whole, of texts, and its targets of a kind that the objective can use."""
     folder = find_path(section.path, f"{field}.path")
-    manifest = Manifest.read(folder, f"{field}.path")
-    manifest.check_task("language_model", f"{field}.path")
-    manifest.check_complete(folder, f"{field}.path")
+    manifest = Manifest.read_whole(folder, f"{field}.path", "language_model")
     manifest.check_tail(section.tail, f"{field}.tail")
-    if recipe.objective.calibration is not None and manifest.is_reduced:
-        raise InputError(
-            f"objective.calibration.kind={recipe.objective.calibration.kind} compares whole rows of logits, and "
-            f"{field}.path={section.path!r} holds {manifest.described}; use objective.divergence, or cache hidden "
-            "states"
-        )
+    if manifest.is_reduced:
+        found = f"{field}.path={section.path!r} holds {manifest.described}"
+        _refuse_calibration(recipe, found, "use objective.divergence, or cache hidden states")
     if manifest.is_reduced and recipe.objective.kd_weight > 0:
         _check_reduced(recipe, manifest, f"{field}.path={section.path!r}")
     return f"{field}: {manifest.described}, {manifest.num_examples:,} examples, {manifest.num_tokens:,} tokens"
@@ -164,7 +163,7 @@ def _check_reduced(recipe: LanguageRecipe, manifest: Manifest, field: str) -> No
                 "temperature 1; cache them with --targets top_k --temperature 1, or hidden states"
             )
         return
-    name, asked = _teacher_temperature(recipe)
+    name, asked = teacher_temperature(recipe)
     if asked != made:
         raise InputError(
             f"{field}: the cache holds {manifest.described} at temperature {made:g}, and here is objective.{name}="

@@ -16,7 +16,7 @@ from abkd.data.instructions import Example
 from abkd.errors import InputError, ServerLost
 from abkd.fit import device_of
 from abkd.head import LMHead
-from abkd.inputs import Inputs
+from abkd.inputs import Inputs, teacher_temperature
 from abkd.language_teachers import movable_models, texts_of, tokenizer_digests
 from abkd.objective import completion_mask
 from abkd.setup import Say, Setup, prepare
@@ -172,7 +172,7 @@ def _described(
         dtype = getattr(torch, options.dtype) if options.dtype else rows.dtype
         described = {"kind": kind, "width": rows.shape[1], "dtype": str(dtype).removeprefix("torch.")}
         return described, DenseEncoding(rows.shape[1], dtype)
-    vocab, temperature = first.shape[1], _temperature(recipe, options)
+    vocab, temperature = first.shape[1], options.temperature or float(teacher_temperature(recipe)[1])
     if isinstance(first, TopKTargets):
         assert given_k is not None
         first.check_temperature(temperature)
@@ -225,13 +225,6 @@ def _kept_encoding(vocab: int, options: CacheOptions, k: int) -> KeptEncoding:
         return KeptEncoding(vocab, bits)
     num_exact = options.exact_of(k)
     return KeptEncoding(vocab, bits, max(k - num_exact, 0), num_exact)
-
-
-def _temperature(recipe: config.LanguageRecipe, options: CacheOptions) -> float:
-    if options.temperature is not None:
-        return options.temperature
-    objective = recipe.objective
-    return float(objective.temperature if objective.teacher_temperature is None else objective.teacher_temperature)
 
 
 def _identified(recipe: config.LanguageRecipe, teacher: Teacher) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -126,8 +126,7 @@ class TopKTargets:
 
     def at(self, rows: slice | Tensor) -> "TopKTargets":
         """Some of the rows."""
-        given = {name: getattr(self, name) for name in ("ids", "log_probs", "tail_log_mass", "log_weights")}
-        return self._with(**{name: x[rows] for name, x in given.items() if x is not None})
+        return self._each(lambda tensor: tensor[rows])
 
     def within(self, top_p: float) -> "TopKTargets":
         """Of each row the fewest classes that together hold `top_p`, one at least, or all; the first come first.
@@ -170,6 +169,11 @@ class TopKTargets:
             tail_log_mass=torch.logaddexp(self.tail_log_mass, dropped),
         )
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TopKTargets":
+        """With each tensor changed."""
+        given = {name: getattr(self, name) for name in ("ids", "log_probs", "tail_log_mass", "log_weights")}
+        return self._with(**{name: change(tensor) for name, tensor in given.items() if tensor is not None})
+
     def _with(self, **changes: Tensor | None) -> "TopKTargets":
         """With other tensors; what was checked when the rows were made is not checked again."""
         changed = copy.copy(self)
@@ -189,9 +193,7 @@ class TopKTargets:
 
     def to(self, device: torch.device | str) -> "TopKTargets":
         """The same on another device."""
-        names = ("ids", "log_probs", "tail_log_mass", "log_weights")
-        given = {name: getattr(self, name) for name in names}
-        return self._with(**{name: x.to(device) for name, x in given.items() if x is not None})
+        return self._each(lambda tensor: tensor.to(device))
 
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Kept:
         """A range of rows, normalised."""

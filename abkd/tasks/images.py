@@ -90,7 +90,7 @@ def _store(images: LabelledImages, part: str) -> Images:
 def _open_cache(recipe: config.ImageRecipe, inputs: ImageInputs) -> CachedClassifierTeacher:
     assert recipe.teacher is not None
     folder = find_path(recipe.teacher.path, "teacher.path")
-    store = Store(folder, Manifest.read(folder, "teacher.path"), "teacher.path")
+    store = Store(folder, Manifest.read_whole(folder, "teacher.path", recipe.task), "teacher.path")
     return CachedClassifierTeacher(store, images_of(recipe, inputs), num_distinct_epochs(recipe, len(inputs.train)))
 
 

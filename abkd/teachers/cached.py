@@ -47,8 +47,7 @@ class CachedTeacher(Teacher):
     @classmethod
     def open(cls, folder: str | Path, tail: Tail | None = None, *, field: str = "teacher.path") -> "CachedTeacher":
         """The teacher of the cache in `folder`. Raises InputError: there is none, it is not whole, of another task."""
-        manifest = Manifest.read(Path(folder), field)
-        manifest.check_task("language_model", field)
+        manifest = Manifest.read_whole(Path(folder), field, "language_model")
         return cls(Store(Path(folder), manifest, field), tail, field=field)
 
     def expect(self, examples: Iterable[Any], data: Mapping[str, Any]) -> None:

@@ -139,6 +139,14 @@ class Manifest:
             raise InputError(f"{field}: {file} was altered, it is not what its checksum says; write the cache again")
         return cls(**{each.name: content[each.name] for each in fields(cls)})
 
+    @classmethod
+    def read_whole(cls, folder: Path, field: str, task: str) -> "Manifest":
+        """As `read`, of a finished cache for the task. Raises InputError also where it is none."""
+        manifest = cls.read(folder, field)
+        manifest.check_task(task, field)
+        manifest.check_complete(folder, field)
+        return manifest
+
     def write(self, folder: Path) -> None:
         """Makes the folder's manifest, unless it has the same one.
 
